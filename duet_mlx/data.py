@@ -1,0 +1,207 @@
+"""Questions: one JSON object a line. Training reads the question alone; answers serve evaluation."""
+
+import hashlib
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duet_mlx.errors import DataError, nearest
+
+ROLES = ("forget", "retain", "neighbour")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question; `role` and `id` together name it. `context` names the teacher's context, None is the first."""
+
+    id: str
+    question: str
+    role: str
+    context: str | None = None
+    answer: str | tuple[str, ...] | None = None
+    choices: tuple[str, ...] | None = None
+
+
+def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
+    """Read all questions of one role from JSONL files, in order.
+
+    Fields: `question`; optional `id` (default "<file stem>:<line>"), `answer` (text or list of texts), `choices`,
+    `context`; others are ignored. UTF-8, with or without BOM, LF or CRLF; blank lines are skipped. A question that
+    comes again (see `question_key`) is dropped with a note on stderr.
+    Raises DataError, with file:line, for everything else that is not such a file.
+    """
+    if role not in ROLES:
+        raise DataError(f'unknown role "{role}": expected one of {", ".join(ROLES)}')
+    files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    _no_file_twice(files, role)
+    stems = [path.stem for path in files]
+    seen_ids: dict[str, str] = {}
+    seen_questions: dict[str, str] = {}
+    repeats: list[str] = []
+    queries = []
+    for path in files:
+        # The stem makes a short id; two files of the same stem need their whole paths to be told apart.
+        prefix = path.stem if stems.count(path.stem) == 1 else str(path)
+        for line, record in _records(path):
+            place = f"{path}:{line}"
+            query = _query(record, role, f"{prefix}:{line}", place)
+            if query.id in seen_ids:
+                raise DataError(f'{place}: id "{query.id}" is that of {seen_ids[query.id]}; ids must differ')
+            seen_ids[query.id] = place
+            first = seen_questions.setdefault(question_key(query.question), place)
+            if first == place:
+                queries.append(query)
+            else:
+                repeats.append(f"{place} repeats {first}")
+    if repeats:
+        log.warning("%d repeated %s question(s) dropped, the first: %s", len(repeats), role, repeats[0])
+    return queries
+
+
+def check_disjoint(forget: Iterable[Query], retain: Iterable[Query]) -> None:
+    """Raise DataError if a question is to be forgotten and kept: the two targets would pull against each other."""
+    kept = {question_key(query.question): query for query in retain}
+    both = [(query, kept[key]) for query in forget if (key := question_key(query.question)) in kept]
+    if both:
+        one, other = both[0]
+        raise DataError(
+            f"{len(both)} question(s) stand among both forget and {other.role} questions; the first: "
+            f'{one.id} "{one.question}" and {other.id} "{other.question}". Remove them from one side'
+        )
+
+
+def question_key(question: str) -> str:
+    """What makes two questions the same: case, spacing, apostrophes and punctuation do not count.
+
+    The signs # @ % & * / \\ do ("C#" is not "C"). A question of nothing but punctuation is its own key.
+    """
+    kept = []
+    for char in unicodedata.normalize("NFKC", question).casefold():
+        if char in "'’‘`":
+            continue
+        is_punctuation = unicodedata.category(char).startswith("P") and char not in "#@%&*/\\"
+        kept.append(" " if is_punctuation else char)
+    return " ".join("".join(kept).split()) or question.strip()
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex. Raises DataError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(_unreadable(Path(path), error)) from error
+    return digest.hexdigest()
+
+
+def _no_file_twice(files: list[Path], role: str) -> None:
+    if not files:
+        raise DataError(f"no file of {role} questions was named")
+    seen: dict[Path, Path] = {}
+    for path in files:
+        first = seen.setdefault(path.resolve(), path)
+        if first is not path:
+            raise DataError(f"{path}: given twice for {role} questions (as {first}); name it once")
+
+
+def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, JSON object) of each line that is not blank."""
+    try:
+        # Split on LF alone: JSON strings may hold U+2028 and other signs that str.splitlines() takes for line ends.
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(_unreadable(path, error)) from error
+    records = [(n, _record(path, n, line)) for n, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise DataError(f'{path}: the file is empty; expected one {{"question": "…"}} a line')
+    return records
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    place = f"{path}:{number}"
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        hint = "UTF-16, by its first bytes" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.start + 1}"
+        raise DataError(f"{place}: not UTF-8 text ({hint}); save the file as UTF-8") from error
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = ""
+        if number == 1 and text.startswith("["):
+            hint = "; this looks like one JSON list: write one object a line instead"
+        raise DataError(f"{place}: not JSON ({error.msg}, column {error.colno}): {_short(text)}{hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
+        raise DataError(f"{place}: not JSON that can be read ({error}): {_short(text)}") from error
+    if not isinstance(record, dict):
+        raise DataError(f'{place}: expected an object like {{"question": "…"}}, found {_kind(record)}: {_short(text)}')
+    return record
+
+
+def _query(record: dict[str, Any], role: str, default_id: str, place: str) -> Query:
+    if "question" not in record:
+        found = ", ".join(record) or "none"
+        close = next((n for n in record if n.lower().strip() in ("question", "questions", "query", "prompt")), None)
+        hint = f'; rename "{close}" to "question"' if close else nearest("question", list(record))
+        raise DataError(f'{place}: no "question" field; fields found: {found}{hint}')
+    question = _text(record["question"], "question", place)
+    identity = record.get("id", default_id)
+    if isinstance(identity, int) and not isinstance(identity, bool):
+        identity = str(identity)
+    answer = record.get("answer")
+    context = record.get("context")
+    return Query(
+        id=_text(identity, "id", place),
+        question=question,
+        role=role,
+        context=None if context is None else _text(context, "context", place),
+        answer=_texts(answer, "answer", place) if isinstance(answer, list) else _optional(answer, "answer", place),
+        choices=None if record.get("choices") is None else _texts(record["choices"], "choices", place),
+    )
+
+
+def _text(value: Any, field: str, place: str) -> str:
+    """The text without the space around it; DataError if it is another type, blank, or no valid Unicode."""
+    if not isinstance(value, str):
+        raise DataError(f'{place}: "{field}" must be text, found {_kind(value)}: {_short(repr(value))}')
+    if not value.strip():
+        raise DataError(f'{place}: "{field}" is blank')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # "\ud83d" alone: legal JSON, but no character, and tokenizers refuse it
+        raise DataError(f'{place}: "{field}" holds half a surrogate pair at character {error.start + 1}') from error
+    return value.strip()
+
+
+def _optional(value: Any, field: str, place: str) -> str | None:
+    return None if value is None else _text(value, field, place)
+
+
+def _texts(value: Any, field: str, place: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f'{place}: "{field}" must be a list of texts, found {_kind(value)}: {_short(repr(value))}')
+    return tuple(_text(item, field, place) for item in value)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    if isinstance(error, IsADirectoryError):
+        return f"{path}: is a folder; name the file itself"
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such file"
+    return f"{path}: cannot be read ({error.strerror})"

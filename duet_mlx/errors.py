@@ -1,0 +1,63 @@
+"""Typed errors: each carries one message a person can act on; commands print it and leave with code 2."""
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import NoReturn
+
+
+class DuetError(Exception):
+    """Base of all errors that are the input's or the machine's fault, not the program's."""
+
+
+class DataError(DuetError):
+    """A file of questions cannot be used."""
+
+
+class ContextError(DuetError):
+    """An unlearning context cannot be read, or the model's chat template cannot carry it."""
+
+
+class ModelError(DuetError):
+    """A model, tokenizer or adapter cannot be loaded or does not fit."""
+
+
+class ConfigError(DuetError):
+    """A flag or YAML key is unknown, contradictory or out of range."""
+
+
+class TrainingError(DuetError):
+    """A run cannot go on (non-finite loss, no room on the disk, …)."""
+
+
+def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
+    """' (did you mean "…"?)' for the known name nearest to `name`, or ''."""
+    close = get_close_matches(name, known, n=1) or [k for k in known if k.lower() == name.lower()]
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def run_cli(main: Callable[[], None]) -> NoReturn:
+    """Run a command and exit: 0 when it is done, 2 with one line on stderr when input, machine or Ctrl-C stopped it.
+
+    Other exceptions are faults of the program and keep their traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head`: the reader has left, and Python must not write to it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except DuetError as error:
+        _fail(str(error))
+    except OSError as error:  # no room, no permission, …: the operating system's own words name the file
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted (Ctrl-C)")
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
