@@ -1,0 +1,118 @@
+# Everything a person does here. `make` alone lists it.
+PYTHON ?= python3
+VENV   ?= .venv
+# The backend on Linux: cpu, or cuda13 for an NVIDIA GPU. macOS needs none: Metal comes with mlx.
+EXTRA  ?= $(if $(filter Linux,$(shell uname -s)),cpu)
+
+PY      := $(VENV)/bin/python
+PACKAGE := .$(if $(EXTRA),[$(EXTRA)])
+EXAMPLE := examples/harry_potter
+OUT     := $(EXAMPLE)/out
+MODEL   := $(EXAMPLE)/SmolLM2-135M-Instruct.Q4_1.gguf
+# What an adapter is made of: if one of these is newer, it is trained anew.
+INPUTS  := $(wildcard $(EXAMPLE)/config.yaml $(EXAMPLE)/context.yaml $(EXAMPLE)/data/*_train.jsonl $(EXAMPLE)/data/*_valid.jsonl)
+HELD_OUT := $(wildcard $(EXAMPLE)/data/*_test.jsonl $(EXAMPLE)/reverse_prompts.*)
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install blas model demo demo-paper test quick coverage lint format clean
+
+help: ## list what can be done
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---- set-up, done once: a stamp file remembers each step ----
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '$(PACKAGE)'
+	@touch $@
+
+# Dependency groups came with pip 25.1.
+$(VENV)/.dev: pyproject.toml $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(PY) -m pip install --quiet -e '$(PACKAGE)' --group dev
+	@touch $@
+
+install: $(VENV)/.installed blas ## environment in .venv, and a real BLAS on Linux
+
+# MLX's Linux wheels bundle the reference BLAS; duet_mlx puts OpenBLAS before it where there is one.
+MISSING_BLAS := note: OpenBLAS is missing, so matrix products on the CPU are about 40 times slower: apt-get install libopenblas0-pthread
+blas: | $(VENV)/.installed
+ifeq ($(shell uname -s)$(EXTRA),Linuxcpu)
+	@has() { $(PY) -c 'import sys, duet_mlx; sys.exit(duet_mlx.BLAS is None)'; }; \
+	if ! has && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing libopenblas0-pthread ..."; \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y libopenblas0-pthread; } >/dev/null 2>&1; \
+	fi; has || echo "$(MISSING_BLAS)"
+endif
+
+$(MODEL): | $(VENV)/.installed
+	@$(PY) $(EXAMPLE)/get_model.py --link $@ >/dev/null
+model: $(MODEL) ## fetch the demo's model
+
+# ---- the demo ----
+# `.started` is newer than the inputs while its adapter is theirs: a run that was cut off is resumed, and the
+# adapter of other inputs is set aside under a name with its date, never overwritten.
+
+define set_aside_earlier_adapters
+	@mkdir -p $(@D)
+	@if [ -n "$$(ls -A $(@D)/adapters 2>/dev/null)" ]; then \
+	  aside=$(@D)/adapters-until-$$(date +%Y%m%d-%H%M%S); mv $(@D)/adapters $$aside; \
+	  echo "the settings or questions changed: the earlier adapter is kept as $$aside"; fi
+	@touch $@
+endef
+
+train = $(PY) -m duet_mlx.train -c $(EXAMPLE)/config.yaml --adapter-path $(@D)/adapters $$([ -n "$$(ls -A $(@D)/adapters 2>/dev/null)" ] && echo --resume)
+evaluate = $(PY) -m duet_mlx.evaluate -c $(EXAMPLE)/config.yaml --adapter-path $(@D)/adapters --out $(@D)
+
+$(OUT)/.started $(OUT)/paper/.started: $(INPUTS) | $(MODEL)
+	$(set_aside_earlier_adapters)
+$(OUT)/.trained: $(OUT)/.started
+	$(train)
+	@touch $@
+$(OUT)/paper/.trained: $(OUT)/paper/.started
+	$(train) --recipe paper
+	@touch $@
+
+$(OUT)/results.json: $(OUT)/.trained $(HELD_OUT) $(wildcard $(OUT)/paper/results.json)
+	$(evaluate) $(beside_paper)
+$(OUT)/paper/results.json: $(OUT)/paper/.trained $(HELD_OUT)
+	$(evaluate)
+
+# The row of the paper's recipe: the one trained here, or the figures that the repository keeps.
+PAPER := $(firstword $(wildcard $(OUT)/paper/results.json $(EXAMPLE)/paper_results.json))
+beside_paper = $(if $(PAPER),--beside paper=$(PAPER))
+
+demo: install ## environment, model, unlearning, evaluation: prints the table, writes examples/harry_potter/out/
+	@$(MAKE) --no-print-directory $(OUT)/results.json
+	@$(PY) -m duet_mlx.report $(OUT)/results.json
+
+demo-paper: install ## the same with the paper's own recipe, into out/paper/; `make demo` then shows its row
+	@$(MAKE) --no-print-directory $(OUT)/paper/results.json
+	@$(PY) -m duet_mlx.report $(OUT)/paper/results.json
+
+# ---- development ----
+
+test: blas model $(VENV)/.dev ## the whole suite, 200 examples a property
+	$(PY) -m pytest --hypothesis-profile ci $(PYTEST_ARGS)
+
+quick: blas model $(VENV)/.dev ## the suite with 20 examples a property
+	$(PY) -m pytest --hypothesis-profile quick $(PYTEST_ARGS)
+
+coverage: blas model $(VENV)/.dev ## the suite with branch coverage
+	$(PY) -m pytest --hypothesis-profile ci --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy, as CI runs them
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## forget environment and caches; adapters and results of the demo stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
