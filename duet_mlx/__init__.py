@@ -10,21 +10,22 @@ __version__ = "0.1.0"
 
 
 def _load_blas() -> str | None:
-    """Put OpenBLAS in front of the reference BLAS that MLX's Linux wheels carry (40 times slower on fp32 products).
+    """Put OpenBLAS in front of the reference BLAS of MLX's Linux wheels, 40 times slower on fp32 products.
 
-    It must be in the process, with global symbols, before the first `import mlx.core`. Returns the library's name,
-    or None where there is nothing to do (not Linux) or nothing was found; never raises, never prints.
+    It must be in the process, with global symbols, before the first `import mlx.core`. Returns the library's
+    name, or None where there is nothing to do (not Linux) or none was found; never raises, never prints.
     """
     if not sys.platform.startswith("linux"):
         return None
-    preloaded = [name for name in os.environ.get("LD_PRELOAD", "").replace(":", " ").split() if "blas" in name.lower()]
+    names = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    preloaded = [name for name in names if "blas" in name.lower()]
     if preloaded:  # done already: a second library would start a second pool of threads
         return os.path.basename(preloaded[0])
     if "mlx.core" in sys.modules:  # too late: its symbols are bound
         return None
     import ctypes
 
-    # Debian's libblas.so.3 is whatever `update-alternatives` chose: only OpenBLAS is worth taking from there.
+    # Debian's libblas.so.3 is whatever `update-alternatives` chose: only OpenBLAS is worth having.
     for name in ("libopenblas.so.0", "libopenblasp.so.0", "libblas.so.3"):
         try:
             if hasattr(ctypes.CDLL(name), "openblas_get_config"):

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Query:
-    """One question; `role` and `id` together name it. `context` names the teacher's context, None is the first."""
+    """One question; `role` and `id` together name it. `context` names the teacher's, None the first one."""
 
     id: str
     question: str
@@ -30,10 +30,10 @@ class Query:
 def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
     """Read all questions of one role from JSONL files, in order.
 
-    Fields: `question`; optional `id` (default "<file stem>:<line>"), `answer` (text or list of texts), `choices`,
-    `context`; others are ignored. UTF-8, with or without BOM, LF or CRLF; blank lines are skipped. A question that
-    comes again (see `question_key`) is dropped with a note on stderr.
-    Raises DataError, with file:line, for everything else that is not such a file.
+    Fields: `question`; optional `id` (default "<file stem>:<line>"), `answer` (text or list of texts),
+    `choices`, `context`; others are ignored. UTF-8, with or without BOM, LF or CRLF; blank lines are skipped;
+    space around a text is taken off. A question that comes again (see `question_key`) is dropped with a note
+    on stderr. Raises DataError, with file:line, for everything else that is not such a file.
     """
     if role not in ROLES:
         raise DataError(f'unknown role "{role}": expected one of {", ".join(ROLES)}')
@@ -64,7 +64,7 @@ def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
 
 
 def check_disjoint(forget: Iterable[Query], retain: Iterable[Query]) -> None:
-    """Raise DataError if a question is to be forgotten and kept: the two targets would pull against each other."""
+    """Raise DataError if a question is to be forgotten and kept: it would be pulled both ways."""
     kept = {question_key(query.question): query for query in retain}
     both = [(query, kept[key]) for query in forget if (key := question_key(query.question)) in kept]
     if both:
@@ -114,7 +114,7 @@ def _no_file_twice(files: list[Path], role: str) -> None:
 def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number from 1, JSON object) of each line that is not blank."""
     try:
-        # Split on LF alone: JSON strings may hold U+2028 and other signs that str.splitlines() takes for line ends.
+        # LF alone: JSON strings may hold U+2028 and other signs that str.splitlines() takes for line ends.
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(_unreadable(path, error)) from error
@@ -129,41 +129,42 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        hint = "UTF-16, by its first bytes" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.start + 1}"
-        raise DataError(f"{place}: not UTF-8 text ({hint}); save the file as UTF-8") from error
+        utf16 = line[:2] in (b"\xff\xfe", b"\xfe\xff")
+        fault = "but UTF-16, by its first bytes" if utf16 else f"at byte {error.start + 1} of the line"
+        raise DataError(f"{place}: not UTF-8 text {fault}; save the file as UTF-8") from error
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         hint = ""
         if number == 1 and text.startswith("["):
             hint = "; this looks like one JSON list: write one object a line instead"
-        raise DataError(f"{place}: not JSON ({error.msg}, column {error.colno}): {_short(text)}{hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
+        fault = f"{error.msg}, column {error.colno}"
+        raise DataError(f"{place}: not JSON ({fault}): {_short(text)}{hint}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
         raise DataError(f"{place}: not JSON that can be read ({error}): {_short(text)}") from error
     if not isinstance(record, dict):
-        raise DataError(f'{place}: expected an object like {{"question": "…"}}, found {_kind(record)}: {_short(text)}')
+        found = f"{_kind(record)}: {_short(text)}"
+        raise DataError(f'{place}: expected an object like {{"question": "…"}}, found {found}')
     return record
 
 
 def _query(record: dict[str, Any], role: str, default_id: str, place: str) -> Query:
     if "question" not in record:
         found = ", ".join(record) or "none"
-        close = next((n for n in record if n.lower().strip() in ("question", "questions", "query", "prompt")), None)
-        hint = f'; rename "{close}" to "question"' if close else nearest("question", list(record))
-        raise DataError(f'{place}: no "question" field; fields found: {found}{hint}')
+        raise DataError(f'{place}: no "question" field; fields found: {found}{nearest("question", record)}')
     question = _text(record["question"], "question", place)
     identity = record.get("id", default_id)
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
-    answer = record.get("answer")
-    context = record.get("context")
+    answer, context, choices = (record.get(field) for field in ("answer", "context", "choices"))
+    answer_reader = _texts if isinstance(answer, list) else _text
     return Query(
         id=_text(identity, "id", place),
         question=question,
         role=role,
         context=None if context is None else _text(context, "context", place),
-        answer=_texts(answer, "answer", place) if isinstance(answer, list) else _optional(answer, "answer", place),
-        choices=None if record.get("choices") is None else _texts(record["choices"], "choices", place),
+        answer=None if answer is None else answer_reader(answer, "answer", place),
+        choices=None if choices is None else _texts(choices, "choices", place),
     )
 
 
@@ -175,18 +176,16 @@ def _text(value: Any, field: str, place: str) -> str:
         raise DataError(f'{place}: "{field}" is blank')
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud83d" alone: legal JSON, but no character, and tokenizers refuse it
-        raise DataError(f'{place}: "{field}" holds half a surrogate pair at character {error.start + 1}') from error
+    except UnicodeEncodeError as error:  # "\ud83d" alone: legal JSON, but tokenizers refuse it
+        fault = f"half a surrogate pair at character {error.start + 1}"
+        raise DataError(f'{place}: "{field}" holds {fault}') from error
     return value.strip()
-
-
-def _optional(value: Any, field: str, place: str) -> str | None:
-    return None if value is None else _text(value, field, place)
 
 
 def _texts(value: Any, field: str, place: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise DataError(f'{place}: "{field}" must be a list of texts, found {_kind(value)}: {_short(repr(value))}')
+        found = f"{_kind(value)}: {_short(repr(value))}"
+        raise DataError(f'{place}: "{field}" must be a list of texts, found {found}')
     return tuple(_text(item, field, place) for item in value)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -31,16 +31,16 @@ class TrainingError(DuetError):
     """A run cannot go on (non-finite loss, no room on the disk, …)."""
 
 
-def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
-    """' (did you mean "…"?)' for the known name nearest to `name`, or ''."""
-    close = get_close_matches(name, known, n=1) or [k for k in known if k.lower() == name.lower()]
-    return f' (did you mean "{close[0]}"?)' if close else ""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean "…"?)' for the known name nearest to `name`, whatever its case, or ''."""
+    by_lower_case = {one.lower(): one for one in known}
+    close = get_close_matches(name.lower(), by_lower_case, n=1)
+    return f' (did you mean "{by_lower_case[close[0]]}"?)' if close else ""
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 when it is done, 2 with one line on stderr when input, machine or Ctrl-C stopped it.
-
-    Other exceptions are faults of the program and keep their traceback.
+    """Run a command and exit: 0 when it is done; 2, with one line on stderr, when input, machine or Ctrl-C
+    stopped it. Other exceptions are faults of the program and keep their traceback.
     """
     try:
         main()
