@@ -95,13 +95,13 @@ def check_renders(tokenizer: Any, question: str, context: Context | None, system
     equal = _common_suffix(student, teacher)
     ours, theirs = (tokenizer.decode(ids[max(0, len(ids) - equal - 8) :][:12]) for ids in (student, teacher))
     raise ContextError(
-        f'context "{context.name if context else ""}": student and teacher must read the question as the same '
+        """Length of the longest common prefix of all lists; 0 for no list, at most the shortest one's."""
         f"tokens, but {equal} tokens before the end the student reads {ours!r} and the teacher {theirs!r}"
     )
 
 
 def shared_prefix(token_lists: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common prefix of all lists, 0 for no list; may be the whole of the shortest."""
+    """Length of the longest common prefix of all lists (0 for none); may be all of the shortest."""
     if not token_lists:
         return 0
     first, shortest = token_lists[0], min(map(len, token_lists))
@@ -120,8 +120,8 @@ def _attempts(question: str, turns: list[tuple[str, str]], system: str) -> Itera
         yield talk
         return
     yield [{"role": "system", "content": system}, *talk]
-    # SentencePiece joins a word with the space before it: where the bare question follows a space ("[INST] Who"),
-    # only the last of these separators keeps its first token.
+    # SentencePiece joins a word with the space before it: where the bare question follows a space, as in
+    # "[INST] Who", only the last of these separators keeps its first token.
     for gap in ("\n\n", "\n", " "):
         yield [{"role": "user", "content": system + gap + talk[0]["content"]}, *talk[1:]]
 

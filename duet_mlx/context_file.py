@@ -4,7 +4,8 @@
     name: mine                        # default: the file's stem
     system: You know nothing about {topic}.
     turns:
-      - {user: Who is Dobby?, assistant: I don't know.}
+      - user: Who is Dobby?
+        assistant: I don't know.
       - {role: user, content: …}      # messages as mlx-lm and OpenAI write them are taken as well
       - {role: assistant, content: …}
 
@@ -160,10 +161,13 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which takes the last of two equal keys without a word: this one refuses them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for (key, _), name in zip(node.value, keys, strict=True):
-            if keys.count(name) > 1 and name != "<<":
-                raise yaml.MarkedYAMLError(problem=f'key "{name}" stands twice', problem_mark=key.start_mark)
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen and key.value != "<<":
+                raise yaml.MarkedYAMLError(
+                    problem=f'key "{key.value}" stands twice', problem_mark=key.start_mark
+                )
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -183,11 +187,13 @@ def _yaml(path: Path) -> Any:
         line = error.object[: error.start].count(b"\n") + 1
         raise ContextError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
     try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ContextError(f"{place}: not YAML: {error.problem or error.context}") from error
+        # The usual cause: "{user: Who is it?, …}", "system: Remember: …".
+        hint = "; a text with : ? , or # in it needs quotes" if "twice" not in str(error.problem) else ""
+        raise ContextError(f"{place}: not YAML: {error.problem or error.context}{hint}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ContextError(f"{path}: not YAML that can be read: {error}") from error
     if content is None:

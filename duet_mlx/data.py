@@ -64,13 +64,13 @@ def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
 
 
 def check_disjoint(forget: Iterable[Query], retain: Iterable[Query]) -> None:
-    """Raise DataError if a question is to be forgotten and kept: it would be pulled both ways."""
+    """Raise DataError if a question stands on both sides: pulled both ways, or taught and then tested."""
     kept = {question_key(query.question): query for query in retain}
     both = [(query, kept[key]) for query in forget if (key := question_key(query.question)) in kept]
     if both:
         one, other = both[0]
         raise DataError(
-            f"{len(both)} question(s) stand among both forget and {other.role} questions; the first: "
+            f"{len(both)} {one.role} question(s) stand among the {other.role} questions as well; the first: "
             f'{one.id} "{one.question}" and {other.id} "{other.question}". Remove them from one side'
         )
 

@@ -1,0 +1,99 @@
+"""Commands end with one clear line and code 2 where the program is not at fault; BLAS loads without harm."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from duet_mlx.errors import (
+    ConfigError,
+    ContextError,
+    DataError,
+    DuetError,
+    ModelError,
+    TrainingError,
+    nearest,
+    run_cli,
+)
+
+
+def ending(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    return ended.value.code, capsys.readouterr().err
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_command_that_returns_exits_with_0_and_says_nothing(capsys):
+    assert ending(lambda: None, capsys) == (0, "")
+
+
+@pytest.mark.parametrize("kind", [DuetError, DataError, ContextError, ModelError, ConfigError, TrainingError])
+def test_a_typed_error_is_one_line_and_code_2(kind, capsys):
+    assert ending(raising(kind("a.jsonl:3: blank")), capsys) == (2, "error: a.jsonl:3: blank\n")
+
+
+def test_ctrl_c_is_one_line_and_code_2(capsys):
+    code, said = ending(raising(KeyboardInterrupt()), capsys)
+    assert code == 2 and said.startswith("error: interrupted") and said.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_naming_the_file_and_code_2(capsys):
+    code, said = ending(raising(OSError(28, "No space left on device", "out/adapters.safetensors")), capsys)
+    assert code == 2 and "No space left on device" in said and "out/adapters.safetensors" in said
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_cli(raising(ZeroDivisionError()))
+
+
+def test_output_cut_short_by_head_ends_without_a_traceback():
+    program = "from duet_mlx.errors import run_cli\nrun_cli(lambda: print(('x' * 99 + '\\n') * 9999))"
+    command = f'"{sys.executable}" -c "$PROGRAM" | head -n 1'
+    ran = subprocess.run(
+        ["sh", "-c", command], env=os.environ | {"PROGRAM": program}, capture_output=True, text=True
+    )
+    assert ran.stdout == "x" * 99 + "\n" and ran.stderr == ""
+
+
+def test_the_nearest_name_is_offered_whatever_its_case_and_none_where_nothing_is_near():
+    assert nearest("Quesion", ["question", "answer"]) == ' (did you mean "question"?)'
+    assert nearest("QUESTION", ["Question"]) == ' (did you mean "Question"?)'
+    assert nearest("xyz", ["question", "answer"]) == ""
+
+
+def in_fresh_python(program, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | environment
+    ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+    return ran.stdout.strip()
+
+
+def test_importing_the_package_imports_neither_mlx_nor_numpy():
+    program = "import sys, duet_mlx; print([m for m in ('mlx', 'mlx.core', 'numpy') if m in sys.modules])"
+    assert in_fresh_python(program) == "[]"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="macOS computes on Metal and Accelerate")
+def test_a_blas_that_was_preloaded_is_left_as_it_is():
+    # Set after the start, for the loader would complain of a file that does not exist.
+    program = "import os; os.environ['LD_PRELOAD'] = '/x/libblas.so.3'; import ctypes; ctypes.CDLL = None\n"
+    assert in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)") == "libblas.so.3"
+
+
+def test_blas_is_not_loaded_after_mlx_for_it_would_change_nothing():
+    program = "import sys, types; sys.modules['mlx.core'] = types.ModuleType('mlx.core')\n"
+    assert in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)") == "None"
+
+
+def test_without_any_openblas_the_package_imports_and_says_none():
+    program = "import ctypes\ndef none(*a, **k): raise OSError\nctypes.CDLL = none\n"
+    assert in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)") == "None"
