@@ -95,8 +95,8 @@ def check_renders(tokenizer: Any, question: str, context: Context | None, system
     equal = _common_suffix(student, teacher)
     ours, theirs = (tokenizer.decode(ids[max(0, len(ids) - equal - 8) :][:12]) for ids in (student, teacher))
     raise ContextError(
-        """Length of the longest common prefix of all lists; 0 for no list, at most the shortest one's."""
-        f"tokens, but {equal} tokens before the end the student reads {ours!r} and the teacher {theirs!r}"
+        f'context "{context.name if context else ""}": student and teacher must read the question as the '
+        f"same tokens, but {equal} tokens before the end the student reads {ours!r} and the teacher {theirs!r}"
     )
 
 
