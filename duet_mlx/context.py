@@ -94,9 +94,10 @@ def check_renders(tokenizer: Any, question: str, context: Context | None, system
         return equal
     equal = _common_suffix(student, teacher)
     ours, theirs = (tokenizer.decode(ids[max(0, len(ids) - equal - 8) :][:12]) for ids in (student, teacher))
+    name = context.name if context else ""
     raise ContextError(
-        f'context "{context.name if context else ""}": student and teacher must read the question as the '
-        f"same tokens, but {equal} tokens before the end the student reads {ours!r} and the teacher {theirs!r}"
+        f'context "{name}": student and teacher must read the question as the same tokens, '
+        f"but {equal} tokens before the end the student reads {ours!r} and the teacher {theirs!r}"
     )
 
 
