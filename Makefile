@@ -9,8 +9,6 @@ PACKAGE := .$(if $(EXTRA),[$(EXTRA)])
 EXAMPLE := examples/harry_potter
 OUT     := $(EXAMPLE)/out
 MODEL   := $(EXAMPLE)/SmolLM2-135M-Instruct.Q4_1.gguf
-# What an adapter is made of: if one of these is newer, it is trained anew.
-INPUTS  := $(wildcard $(EXAMPLE)/config.yaml $(EXAMPLE)/context.yaml $(EXAMPLE)/data/*_train.jsonl $(EXAMPLE)/data/*_valid.jsonl)
 HELD_OUT := $(wildcard $(EXAMPLE)/data/*_test.jsonl $(EXAMPLE)/reverse_prompts.*)
 PYTEST_ARGS ?=
 
@@ -54,45 +52,30 @@ $(MODEL): | $(VENV)/.installed
 model: $(MODEL) ## fetch the demo's model
 
 # ---- the demo ----
-# `.started` is newer than the inputs while its adapter is theirs: a run that was cut off is resumed, and the
-# adapter of other inputs is set aside under a name with its date, never overwritten.
+# train_once.py keeps an adapter of these very settings and questions, goes on with one that was cut off, and sets
+# any other aside. The evaluation is repeated if something it reads is newer than its results.
 
-define set_aside_earlier_adapters
-	@mkdir -p $(@D)
-	@if [ -n "$$(ls -A $(@D)/adapters 2>/dev/null)" ]; then \
-	  aside=$(@D)/adapters-until-$$(date +%Y%m%d-%H%M%S); mv $(@D)/adapters $$aside; \
-	  echo "the settings or questions changed: the earlier adapter is kept as $$aside"; fi
-	@touch $@
-endef
+train    = $(PY) $(EXAMPLE)/train_once.py -c $(EXAMPLE)/config.yaml
+evaluate = $(PY) -m duet_mlx.evaluate -c $(EXAMPLE)/evaluate.yaml --adapter-path $(@D)/adapters --out $(@D) --overwrite
 
-train = $(PY) -m duet_mlx.train -c $(EXAMPLE)/config.yaml --adapter-path $(@D)/adapters $$([ -n "$$(ls -A $(@D)/adapters 2>/dev/null)" ] && echo --resume)
-evaluate = $(PY) -m duet_mlx.evaluate -c $(EXAMPLE)/config.yaml --adapter-path $(@D)/adapters --out $(@D)
+# The row of the paper's recipe: as trained here, or else the figures that the repository keeps.
+PAPER    := $(firstword $(wildcard $(OUT)/paper/results.json $(EXAMPLE)/paper_results.json))
+MEASURED := $(HELD_OUT) $(EXAMPLE)/evaluate.yaml $(addprefix duet_mlx/,evaluate.py metrics.py scores.py)
 
-$(OUT)/.started $(OUT)/paper/.started: $(INPUTS) | $(MODEL)
-	$(set_aside_earlier_adapters)
-$(OUT)/.trained: $(OUT)/.started
+demo: install model ## environment, model, unlearning, evaluation: prints the table, writes examples/harry_potter/out/
 	$(train)
-	@touch $@
-$(OUT)/paper/.trained: $(OUT)/paper/.started
-	$(train) --recipe paper
-	@touch $@
-
-$(OUT)/results.json: $(OUT)/.trained $(HELD_OUT) $(wildcard $(OUT)/paper/results.json)
-	$(evaluate) $(beside_paper)
-$(OUT)/paper/results.json: $(OUT)/paper/.trained $(HELD_OUT)
-	$(evaluate)
-
-# The row of the paper's recipe: the one trained here, or the figures that the repository keeps.
-PAPER := $(firstword $(wildcard $(OUT)/paper/results.json $(EXAMPLE)/paper_results.json))
-beside_paper = $(if $(PAPER),--beside paper=$(PAPER))
-
-demo: install ## environment, model, unlearning, evaluation: prints the table, writes examples/harry_potter/out/
 	@$(MAKE) --no-print-directory $(OUT)/results.json
 	@$(PY) -m duet_mlx.report $(OUT)/results.json
 
-demo-paper: install ## the same with the paper's own recipe, into out/paper/; `make demo` then shows its row
+demo-paper: install model ## the same with the paper's recipe, into out/paper/; `make demo` then shows it beside ours
+	$(train) --recipe paper --adapter-path $(OUT)/paper/adapters
 	@$(MAKE) --no-print-directory $(OUT)/paper/results.json
 	@$(PY) -m duet_mlx.report $(OUT)/paper/results.json
+
+$(OUT)/results.json: $(OUT)/adapters/adapters.safetensors $(MEASURED) $(PAPER)
+	$(evaluate) $(if $(PAPER),--beside paper=$(PAPER)) > /dev/null
+$(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED)
+	$(evaluate) > /dev/null
 
 # ---- development ----
 

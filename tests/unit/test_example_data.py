@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "harry_potter" / "data"
 GROUPS = ("forget", "general", "neighbour")
@@ -102,3 +103,25 @@ def test_the_phrasing_does_not_tell_forget_from_retain() -> None:
         retain = rows_of("general", "train") + rows_of("neighbour", "train")
         count = sum(row["question"].lower().startswith(opening) for row in retain)
         assert count >= 10, f"{count} retain questions begin with {opening!r}"
+
+
+def files_named(config: Path) -> set[str]:
+    """Names of the question files that a YAML of the example mentions."""
+    text = "\n".join(line.partition("#")[0] for line in config.read_text(encoding="utf-8").splitlines())
+    return set(re.findall(r"[\w-]+\.jsonl", text))
+
+
+def test_training_names_no_held_out_file_and_evaluation_names_nothing_else() -> None:
+    trained, held_out = files_named(DATA.parent / "config.yaml"), files_named(DATA.parent / "evaluate.yaml")
+    everything = {path.name for path in DATA.glob("*.jsonl")}
+    assert trained == {name for name in everything if not name.endswith("_test.jsonl")}
+    assert held_out == {name for name in everything if name.endswith("_test.jsonl")}
+
+
+def test_the_demo_trains_and_evaluates_the_same_model_with_the_same_context() -> None:
+    trained, measured = (
+        yaml.safe_load((DATA.parent / name).read_text(encoding="utf-8"))
+        for name in ("config.yaml", "evaluate.yaml")
+    )
+    for key in ("model", "context", "topic", "adapter_path"):
+        assert trained.get(key) == measured.get(key), key
