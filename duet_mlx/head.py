@@ -1,0 +1,131 @@
+"""Logits at the supervised positions only, of the candidate tokens only: the K-row head.
+
+Training needs C logits at n positions, not T x V. The head module (`lm_head`, or the tied embedding's
+`as_linear`) is stood in for while the model is called, so that whatever an architecture does after its head
+(soft-capping, logit scale) still applies. METHOD.md, "Precision": hidden state and head rows meet in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+EPSILON = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+HEAD_NAMES = ("lm_head", "output")
+EMBEDDING_NAMES = ("embed_tokens", "tok_embeddings", "wte", "word_embeddings", "embed_in")
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits: an untied head, else the embedding; None if neither."""
+    modules = [(name.rsplit(".", 1)[-1], module) for name, module in model.named_modules()]
+    for names, kinds in (
+        (HEAD_NAMES, (nn.Linear, nn.QuantizedLinear)),
+        (EMBEDDING_NAMES, (nn.Embedding, nn.QuantizedEmbedding)),
+    ):
+        found = [module for name, module in modules if name in names and type(module) in kinds]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def head_rows(head: nn.Module, ids: mx.array) -> tuple[mx.array, mx.array | None]:
+    """Rows `ids` [...] of the head, dequantized alone: weights [..., D] and, if the head has one, bias [...]."""
+    weight = head.weight[ids]
+    if isinstance(head, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        biases = head.get("biases")
+        weight = mx.dequantize(
+            weight,
+            head.scales[ids],
+            None if biases is None else biases[ids],
+            group_size=head.group_size,
+            bits=head.bits,
+            mode=head.mode,
+        )
+    return weight, head.bias[ids] if "bias" in head else None
+
+
+@contextmanager
+def _standing_in(head: nn.Module, positions: mx.array | None, ids: mx.array | None) -> Iterator[None]:
+    """While inside, the head answers at `positions` [B, n] only and, given `ids` [B, n, C], for those rows only."""
+    original = type(head)
+    method = "__call__" if isinstance(head, (nn.Linear, nn.QuantizedLinear)) else "as_linear"
+
+    def gathered(self, hidden):  # [B, T, D] -> [B, n, C or V]
+        if positions is not None:
+            hidden = mx.take_along_axis(hidden, positions[..., None], axis=1)  # [B, T, D] -> [B, n, D]
+        if hidden.dtype != mx.float64:
+            hidden = hidden.astype(mx.float32)
+        if ids is None:
+            return getattr(original, method)(self, hidden)
+        weight, bias = head_rows(self, ids)  # [B, n, C, D]
+        logits = (weight.astype(hidden.dtype) @ hidden[..., None]).squeeze(-1)  # [B, n, C]
+        return logits if bias is None else logits + bias
+
+    # The class of the one head is swapped, not the module: parameter names and order stay what they were.
+    head.__class__ = type(original.__name__, (original,), {method: gathered})
+    try:
+        yield
+    finally:
+        head.__class__ = original
+
+
+def logits_at(
+    model: nn.Module,
+    tokens: mx.array,
+    positions: mx.array,
+    ids: mx.array | None = None,
+    cache: list | None = None,
+    head: nn.Module | None = None,
+) -> mx.array:
+    """Raw logits, fp32 at least, at chosen positions.
+
+    Args:
+        tokens: [B, T] int32.  positions: [B, n] int32, indices into T.
+        ids: [B, n, C] int32, the candidate rows; None for all V.
+        cache: mlx-lm cache with what comes before `tokens`.
+        head: `find_head(model)` if it passed `check_head`; None takes the model's own full head.
+
+    Returns:
+        [B, n, C], or [B, n, V] without ids.
+    """
+    if head is not None:
+        with _standing_in(head, positions, ids):
+            return model(tokens, cache=cache)
+    logits = model(tokens, cache=cache)  # [B, T, V]
+    logits = mx.take_along_axis(logits, positions[..., None], axis=1)  # [B, n, V]
+    if logits.dtype != mx.float64:
+        logits = logits.astype(mx.float32)
+    return logits if ids is None else mx.take_along_axis(logits, ids, axis=-1)
+
+
+def check_head(model: nn.Module, tokens: mx.array) -> tuple[nn.Module | None, str]:
+    """The head to gather from, if gathering gives what the full head gives on `tokens` [1, T]; else None and why.
+
+    Architectures that multiply by `weight.T` themselves, or whose inner model returns logits, miss the swap.
+    """
+    head = find_head(model)
+    if head is None:
+        return None, "no head or tied embedding found by name"
+    length = tokens.shape[1]
+    positions = mx.array([[0, length - 1]])
+    full = logits_at(model, tokens, positions)
+    vocabulary = full.shape[-1]
+    ids = mx.broadcast_to(mx.array([0, vocabulary // 2, vocabulary - 1]), (1, 2, 3))
+    expected = mx.take_along_axis(full, ids, axis=-1)
+    try:
+        got = logits_at(model, tokens, positions, ids, head=head)
+        every = logits_at(model, tokens, positions, head=head)
+    except (ValueError, IndexError, TypeError) as error:
+        return None, f"the gathered head does not fit this architecture ({error})"
+    if got.shape != expected.shape or every.shape != full.shape:
+        return None, f"the gathered head gives {got.shape}, expected {expected.shape}"
+    # The full head computes in the model's own dtype: allow a few of its epsilons of the largest logit.
+    epsilon = max(EPSILON.get(array.dtype, 2.0**-20) for _, array in tree_flatten(model.parameters()))
+    bound = 8 * epsilon * max(1.0, mx.abs(full).max().item())
+    worst = max(mx.abs(got - expected).max().item(), mx.abs(every - full).max().item())
+    return (head, "") if worst <= bound else (None, f"gathered and full head differ by {worst:.3g}")
+

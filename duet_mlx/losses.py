@@ -1,0 +1,43 @@
+"""The objective: Huber on the teacher's candidate logits (METHOD.md, "Objective")."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class Batch(NamedTuple):
+    """What a training step reads: B queries along the teacher's continuation, with their targets."""
+
+    tokens: mx.array  # [B, T] int32, the shared prefix left out, zeros on the right
+    positions: mx.array  # [B, n] int32, indices into T
+    ids: mx.array  # [B, n, C] int32
+    logits: mx.array  # [B, n, C] float32
+    candidate_mask: mx.array  # [B, n, C] bool
+    position_mask: mx.array  # [B, n] bool
+
+
+def topk_huber(student_logits: mx.array, targets, delta: float, center: bool = False) -> mx.array:
+    """Each query's loss: Huber summed over its candidates, averaged over its supervised positions.
+
+    Args:
+        student_logits: [B, n, C], float32 or float64.
+        targets: anything with `logits` and `candidate_mask` [B, n, C] and `position_mask` [B, n].
+        delta: where the loss turns from quadratic to linear, in logits; inf gives half the squared error.
+        center: compare the candidates less their mean at each position (ours: softmax ignores the level).
+
+    Returns:
+        [B] losses. No gradient reaches masked candidates or positions.
+    """
+    mask = targets.candidate_mask & targets.position_mask[..., None]  # [B, n, C]
+    target_logits = mx.stop_gradient(targets.logits)
+    # Selected before the difference: a masked entry may hold anything, and 0 * inf is not 0.
+    difference = mx.where(mask, student_logits, 0) - mx.where(mask, target_logits, 0)  # [B, n, C]
+    if center:
+        count = mx.maximum(mask.sum(axis=-1, keepdims=True), 1)
+        difference = mx.where(mask, difference - difference.sum(axis=-1, keepdims=True) / count, 0)
+    size = mx.abs(difference)
+    quadratic = mx.minimum(size, delta)
+    huber = quadratic * (size - 0.5 * quadratic)  # both branches in one: no inf - inf at delta = inf
+    return huber.sum(axis=(-1, -2)) / mx.maximum(targets.position_mask.sum(axis=-1), 1)

@@ -1,0 +1,118 @@
+"""Settings of a command: one frozen dataclass gives the flags, the YAML keys and what is saved with the results."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from dataclasses import MISSING, Field, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import ConfigError, nearest
+
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with its meaning and the reason for its default."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(
+    cls: type[Settings],
+    prog: str,
+    description: str,
+    argv: list[str] | None = None,
+    recipes: dict[str, dict[str, Any]] | None = None,
+) -> Settings:
+    """Settings from, weakest first: the dataclass, the recipe, the YAML file of `-c`, the flags.
+
+    Every field is a flag (`top_k` is `--top-k`), dictionaries apart, which only YAML can write.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest name), a wrong type or choice, a YAML file that cannot be read.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description.splitlines()[0])
+    parser.add_argument("-c", "--config", metavar="YAML", help="file with any of these settings, by the same names")
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    kinds = typing.get_type_hints(cls)
+    for name, spec in known.items():
+        default = spec.default if spec.default is not MISSING else spec.default_factory()  # type: ignore[misc]
+        if isinstance(default, dict):
+            continue
+        flag, text = "--" + name.replace("_", "-"), spec.metadata["help"]
+        text += "" if default in (None, (), False) else f" (default: {default})"
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, nargs="+", **options)
+        else:
+            parser.add_argument(flag, choices=spec.metadata["choices"], type=_flag_type(kinds[name]), **options)
+    given = vars(parser.parse_args(argv))
+    file = given.pop("config", None)
+    merged = {**(_read_yaml(file) if file else {}), **given}
+    for name, value in merged.items():
+        if name not in known:
+            raise ConfigError(f"{file}: unknown key {name!r}{nearest(name, list(known))}")
+        merged[name] = _checked(name, value, known[name], kinds[name])
+    recipe = merged.get("recipe", "default")
+    return cls(**{**(recipes or {}).get(recipe, {}), **merged})
+
+
+def require(settings: Any, *names: str) -> None:
+    """Raise ConfigError for the first of these settings that was not given."""
+    for name in names:
+        if not getattr(settings, name):
+            raise ConfigError(f"--{name.replace('_', '-')} is missing: {_help(settings, name)}")
+
+
+def _help(settings: Any, name: str) -> str:
+    return next(f.metadata["help"] for f in fields(settings) if f.name == name)
+
+
+def _flag_type(kind: Any) -> type:
+    return next((t for t in (int, float) if kind in (t, t | None)), str)
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"-c {file}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-c {file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"-c {file}: expected `key: value` lines, found {type(content).__name__}")
+    return content
+
+
+def _checked(name: str, value: Any, spec: Field, kind: Any) -> Any:
+    """The value as the field's type; YAML reads 1e-4 as text and a lone file name as no list."""
+    choices = spec.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name}: {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
+    allowed = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    if value is None:
+        if type(None) in allowed:
+            return None
+        raise ConfigError(f"{name}: no value given")
+    plain = next(k for k in allowed if k is not type(None))
+    plain = typing.get_origin(plain) or plain
+    if plain is tuple:
+        value = (value,) if isinstance(value, str) else value
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif plain is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name}: expected {plain.__name__}, found {value!r}")

@@ -1,0 +1,312 @@
+"""The teacher is read once, before training: top-K raw logits along its own greedy continuation.
+
+    python -m duet_mlx.teacher -c config.yaml     # builds the targets, prints teacher and base side by side
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from . import __version__
+from .context import DATE, Context, check_renders, render
+from .data import Query
+from .errors import ConfigError, ContextError, DataError, TrainingError, run_cli
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .train import TrainSettings
+
+
+class Targets(NamedTuple):
+    """What training needs of the teacher, in NumPy: N queries, n positions, C candidates (K, or 2K for `union`)."""
+
+    ids: np.ndarray  # [N, n, C] int32: the teacher's K by descending logit, then the base's new ones ascending
+    logits: np.ndarray  # [N, n, C] float32, the teacher's raw logits of these
+    candidate_mask: np.ndarray  # [N, n, C] bool
+    position_mask: np.ndarray  # [N, n] bool
+    continuation: np.ndarray  # [N, n-1] int32, the teacher's own greedy tokens
+
+
+def topk(logits: mx.array, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest of the last axis, [..., V] -> ids int32 and values [..., k], descending; ties: lower id first.
+
+    MLX's partition does not say which of equal values it keeps, so ties at the k-th value are counted out.
+    """
+    import mlx.core as mx
+
+    vocabulary = logits.shape[-1]
+    least = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)
+    above, level = logits > least, logits == least
+    quota = k - above.sum(axis=-1, keepdims=True)
+    chosen = above | (level & (mx.cumsum(level.astype(mx.int32), axis=-1) <= quota))
+    index = mx.arange(vocabulary, dtype=mx.int32)
+    # Chosen ids are the k largest of -id among the chosen.
+    ids = mx.sort(-mx.topk(mx.where(chosen, -index, -vocabulary), k, axis=-1), axis=-1)
+    values = np.array(mx.take_along_axis(logits, mx.minimum(ids, vocabulary - 1), axis=-1))
+    order = np.argsort(-values, axis=-1, kind="stable")
+    return np.take_along_axis(np.array(ids), order, -1), np.take_along_axis(values, order, -1)
+
+
+def new_candidates(teacher_ids: np.ndarray, base_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The base's ids that the teacher lacks, ascending: [..., K] twice -> ids padded with 0 and their mask, [..., K]."""
+    ids = np.zeros_like(base_ids)
+    mask = np.zeros(base_ids.shape, dtype=bool)
+    for place in np.ndindex(base_ids.shape[:-1]):
+        new = np.setdiff1d(base_ids[place], teacher_ids[place])
+        ids[place][: len(new)] = new
+        mask[place][: len(new)] = True
+    return ids, mask
+
+
+def context_of(query: Query, contexts: Sequence[Context], retain_context: str) -> Context | None:
+    """The context that the teacher reads before a query; None: the teacher is the base itself.
+
+    Forget queries name theirs, the first by default. Retain queries under `teacher` take the contexts in turn,
+    by their id, so that the choice hangs on the query alone.
+
+    Raises:
+        ContextError: a name that no context has.
+    """
+    if query.role != "forget":
+        if retain_context == "none":
+            return None
+        return contexts[int(hashlib.sha256(query.id.encode()).hexdigest(), 16) % len(contexts)]
+    if query.context is None:
+        return contexts[0]
+    for context in contexts:
+        if context.name == query.context:
+            return context
+    names = ", ".join(context.name for context in contexts)
+    raise ContextError(f"{query.id}: names the context {query.context!r}; there are {names}")
+
+
+def forced_logits(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    n: int,
+    ids: np.ndarray | None = None,
+    head: nn.Module | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[tuple[np.ndarray, mx.array]]:
+    """Logits of the first n positions of given continuations: (rows, [B, n, V], or [B, n, C] for `ids` [N, n, C])."""
+    import mlx.core as mx
+
+    from .generate import batches, branch, can_branch, common_prefix, encode_prefix, pad
+    from .head import logits_at
+
+    length = common_prefix(prompts) if can_branch(model) else 0
+    prefix = encode_prefix(model, prompts[0][:length]) if length else []
+    mx.eval(prefix)
+    sequences = [[*p[length:], *c[: n - 1]] for p, c in zip(prompts, continuations, strict=True)]
+    # 2^25 logits are 128 MiB: enough rows for speed, few enough for a small machine.
+    vocabulary = ids.shape[-1] if ids is not None else 1 << 17
+    size = max(1, min(64, (1 << 25) // (n * vocabulary)))
+    for rows in batches([len(s) for s in sequences], size, equal=False):
+        last = np.array([len(sequences[row]) - 1 for row in rows])
+        start = np.array([len(prompts[row]) - length - 1 for row in rows])
+        positions = np.minimum(start[:, None] + np.arange(n), last[:, None])  # past the end: masked by the caller
+        chosen = None if ids is None else mx.array(ids[rows])
+        cache = branch(prefix, len(rows))
+        tokens = pad([sequences[row] for row in rows])
+        yield rows, logits_at(model, tokens, mx.array(positions), chosen, cache=cache, head=head)
+        if progress:
+            progress(len(rows))
+
+
+def teacher_targets(
+    model: nn.Module,
+    tokenizer,
+    queries: Sequence[Query],
+    contexts: Sequence[Context],
+    settings: TrainSettings,
+    head: nn.Module | None = None,
+) -> Targets:
+    """Targets of all queries, from the frozen base alone: the teacher's continuation, its top-K, the union.
+
+    Args:
+        model: the base, without LoRA.  contexts: at least one.
+        settings: `positions` n, `top_k` K, `candidates`, `retain_context`.
+        head: `check_head`'s head, or None for the model's own.
+
+    Raises:
+        ConfigError: K over V, n < 1.  ContextError: an unknown context, or one that cannot be rendered.
+        TrainingError: the teacher's logits are not finite.
+    """
+    import mlx.core as mx
+    from tqdm import tqdm
+
+    from .generate import greedy, stop_ids
+    from .head import logits_at
+
+    n, k, count = settings.positions, settings.top_k, len(queries)
+    if n < 1:
+        raise ConfigError(f"--positions {n}: expected 1 or more")
+    vocabulary = logits_at(model, mx.array([[0]]), mx.array([[0]])).shape[-1]
+    if not 1 <= k <= vocabulary:
+        raise ConfigError(f"--top-k {k}: expected 1 to {vocabulary}, the model's vocabulary")
+    union = settings.candidates == "union"
+    width = 2 * k if union else k
+    ids = np.zeros((count, n, width), dtype=np.int32)
+    logits = np.zeros((count, n, width), dtype=np.float32 if not _is_float64(model) else np.float64)
+    candidate_mask = np.zeros((count, n, width), dtype=bool)
+    candidate_mask[..., :k] = True
+    position_mask = np.zeros((count, n), dtype=bool)
+    continuation = np.zeros((count, n - 1), dtype=np.int32)
+
+    groups: dict[Context | None, list[int]] = {}
+    for index, query in enumerate(queries):
+        groups.setdefault(context_of(query, contexts, settings.retain_context), []).append(index)
+    stop = stop_ids(tokenizer)
+    with tqdm(total=count * (2 if n > 1 else 1), desc="teacher", unit="q", file=sys.stdout, leave=False) as bar:
+        for context, members in groups.items():
+            for index in members[:1]:
+                check_renders(tokenizer, queries[index].question, context)
+            where = np.array(members)
+            prompts = [render(tokenizer, queries[i].question, context) for i in members]
+            answers = greedy(model, prompts, n - 1, stop, head=head, progress=bar.update)
+            for row, answer in zip(where, answers, strict=True):
+                continuation[row, : len(answer)] = answer
+                position_mask[row, : len(answer) + 1] = True  # the end of turn is supervised too
+            for rows, values in forced_logits(model, prompts, answers, n, head=head, progress=bar.update):
+                ids[where[rows], :, :k], logits[where[rows], :, :k] = topk(values, k)
+            if not union or context is None:
+                continue
+            # What must fall is what the base itself would say: its top K where it reads the teacher's words.
+            plain = [render(tokenizer, queries[i].question) for i in members]
+            for rows, values in forced_logits(model, plain, answers, n, head=head):
+                new = new_candidates(ids[where[rows], :, :k], topk(values, k)[0])
+                ids[where[rows], :, k:], candidate_mask[where[rows], :, k:] = new
+            extra = ids[where, :, k:]
+            for rows, values in forced_logits(model, prompts, answers, n, extra, head=head):
+                logits[where[rows], :, k:] = np.array(values)
+    # Nothing unmasked may depend on what stands under a mask.
+    candidate_mask &= position_mask[..., None]
+    ids[~candidate_mask] = 0
+    logits[~candidate_mask] = 0
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=(1, 2)))
+    if len(bad):
+        raise TrainingError(f"{queries[bad[0]].id}: the teacher's logits are not finite ({len(bad)} such queries)")
+    return Targets(ids, logits, candidate_mask, position_mask, continuation)
+
+
+def _is_float64(model: nn.Module) -> bool:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    return any(array.dtype == mx.float64 for _, array in tree_flatten(model.parameters()))
+
+
+def manifest(model, tokenizer, queries: Sequence[Query], contexts: Sequence[Context], settings) -> dict[str, str]:
+    """What the targets hang on, each as a hash or a plain value: targets are reused only if all of it matches."""
+    from .model import weights_hash
+
+    def digest(value) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    return {
+        "model": weights_hash(model),
+        "tokenizer": digest([tokenizer.get_vocab(), tokenizer.chat_template or "", sorted(tokenizer.eos_token_ids)]),
+        "data": digest([[q.id, q.question, q.role, q.context] for q in queries]),
+        "context": digest([[c.name, c.system, c.turns] for c in contexts]),
+        "settings": json.dumps(
+            {name: getattr(settings, name) for name in ("top_k", "candidates", "positions", "retain_context")}
+        ),
+        "date": DATE.isoformat(),
+        "duet_mlx": __version__,
+    }
+
+
+def save_targets(path: Path, targets: Targets, described: dict[str, str]) -> None:
+    """Write targets and manifest as one safetensors file, whole or not at all."""
+    import mlx.core as mx
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial.safetensors")
+    try:
+        mx.save_safetensors(str(partial), {k: mx.array(v) for k, v in targets._asdict().items() if v.size}, described)
+        os.replace(partial, path)
+    except RuntimeError as error:
+        raise TrainingError(f"{path}: cannot write the targets: {error}") from error
+
+
+def load_targets(path: Path, described: dict[str, str]) -> Targets | str:
+    """Targets saved under the same manifest, or one line that says why they must be built anew."""
+    import mlx.core as mx
+
+    if not path.is_file():
+        return "none saved yet"
+    try:
+        arrays, saved = mx.load(str(path), return_metadata=True)
+    except RuntimeError as error:
+        return f"{path} is damaged ({error})"
+    changed = [name for name in described if saved.get(name) != described[name]]
+    if changed:
+        return f"{', '.join(changed)} changed since {path} was written"
+    fields = {name: np.array(arrays[name]) for name in Targets._fields if name in arrays}
+    fields.setdefault("continuation", np.zeros((len(fields["ids"]), 0), dtype=np.int32))
+    return Targets(**fields)
+
+
+def saved_or_built(
+    path: Path, model, tokenizer, queries: Sequence[Query], contexts: Sequence[Context], settings, head
+) -> tuple[Targets, dict[str, str]]:
+    """The targets at `path` if they were built from the very same things, else built now and saved there."""
+    described = manifest(model, tokenizer, queries, contexts, settings)
+    found = load_targets(path, described)
+    if isinstance(found, Targets):
+        print(f"targets: reused from {path}")
+        return found, described
+    print(f"targets: built now ({found})")
+    targets = teacher_targets(model, tokenizer, queries, contexts, settings, head)
+    save_targets(path, targets, described)
+    return targets, described
+
+
+def check_lengths(tokenizer, queries: Sequence[Query], contexts, settings, window: int) -> None:
+    """Raise DataError for a question that, with its context and the supervised positions, overruns the window."""
+    for query in queries:
+        context = context_of(query, contexts, settings.retain_context)
+        for name, tokens, limit in (
+            ("--max-seq-length", render(tokenizer, query.question), settings.max_seq_length),
+            ("the model's window", render(tokenizer, query.question, context), window),
+        ):
+            if len(tokens) + settings.positions - 1 > limit:
+                raise DataError(
+                    f"{query.id}: {len(tokens)} tokens and {settings.positions} positions exceed {name} of {limit}: "
+                    f"{query.question[:60]!r}…; shorten or drop the question"
+                )
+
+
+def main() -> None:
+    """Build the targets and show what the teacher says: the student can become no better than this."""
+    from .train import parse_settings, prepare
+
+    settings = parse_settings("python -m duet_mlx.teacher", __doc__ or "")
+    prepared = prepare(settings)
+    from .generate import greedy, stop_ids
+
+    tokenizer, stop = prepared.tokenizer, stop_ids(prepared.tokenizer)
+    shown = [q for role in ("forget", "retain", "neighbour") for q in [p for p in prepared.queries if p.role == role][:8]]
+    columns = []
+    for retain in (settings.retain_context, None):
+        prompts = [
+            render(tokenizer, q.question, context_of(q, prepared.contexts, retain) if retain else None) for q in shown
+        ]
+        columns.append([tokenizer.decode(a) for a in greedy(prepared.model, prompts, 32, stop, head=prepared.head)])
+    for query, teacher, base in zip(shown, *columns, strict=True):
+        print(f"\n[{query.role}] {query.question}\n   teacher: {teacher.strip()!r}\n   base:    {base.strip()!r}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

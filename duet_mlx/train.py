@@ -1,0 +1,579 @@
+"""Unlearn: a LoRA student that never sees the context learns the teacher's top-K logits, from questions alone.
+
+    python -m duet_mlx.train --model M --forget F.jsonl --retain R.jsonl --context C.yaml --adapter-path A
+
+DUET: Zhong, Yang and Zhu, "Distilled LLM Unlearning from an Efficiently Contextualized Teacher", ICLR 2026.
+The teacher (teacher.py) was read before this starts; a step is a LoRA fine-tune with C numbers for labels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import BLAS, __version__
+from .context import Context, load_contexts, render
+from .data import Query, check_disjoint, file_hash, load_queries
+from .errors import ConfigError, DataError, TrainingError, nearest, run_cli
+from .settings import parse, require, setting
+from .teacher import Targets, check_lengths, saved_or_built
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+# What the paper fixes; everything else of it is ours (METHOD.md): one position, the teacher's candidates, raw logits,
+# the context before retain queries too.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"positions": 1, "candidates": "teacher", "retain_context": "teacher", "center": False},
+}
+WIDTHS = 8  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of a run. Defaults are measured on the demo (examples/harry_potter); none is the paper's."""
+
+    model: str = setting("", "hub id, MLX folder or .gguf file")
+    forget: tuple[str, ...] = setting((), "JSONL files of questions to forget")
+    retain: tuple[str, ...] = setting((), "JSONL files of questions whose answers must stay")
+    neighbours: tuple[str, ...] = setting((), "JSONL files of retain questions close to the topic")
+    valid_forget: tuple[str, ...] = setting((), "JSONL files of forget questions to watch, never trained on")
+    valid_retain: tuple[str, ...] = setting((), "JSONL files of retain questions to watch, never trained on")
+    context: str = setting("", "unlearning context: a YAML file, or specific, refuse-all, unrelated (with --topic)")
+    topic: str | None = setting(None, "what {topic} stands for in the context")
+    adapter_path: str = setting("adapters", "folder for adapters.safetensors and adapter_config.json")
+    recipe: str = setting("default", "paper: what the paper fixes; default: what we measured", tuple(RECIPES))
+    method: str = setting("duet", "training method", ("duet",))
+    top_k: int = setting(100, "K, candidate tokens of the teacher at each position")
+    candidates: str = setting("union", "teacher: its top K; union: the base's own top K too", ("teacher", "union"))
+    positions: int = setting(8, "n, supervised positions along the teacher's answer (to its end of turn)")
+    delta: float = setting(1.0, "Huber's δ in logits")
+    center: bool = setting(True, "compare logits less their mean at each position: softmax ignores the level")
+    retain_context: str = setting("none", "what the teacher of retain queries reads", ("teacher", "none"))
+    num_layers: int = setting(-1, "last layers to adapt (-1: all)")
+    lora_parameters: dict = setting({"rank": 8, "scale": 4.0, "dropout": 0.0, "keys": None}, "LoRA, as in mlx-lm")
+    iters: int = setting(600, "training steps")
+    batch_size: int = setting(8, "queries a step")
+    forget_per_batch: int = setting(2, "of these, forget queries; the rest retain")
+    learning_rate: float = setting(3e-4, "peak of Adam's step size")
+    lr_schedule: dict = setting({}, "schedule as in mlx-lm's YAML; by default warm-up over 10 steps, then cosine to 0")
+    grad_accumulation_steps: int = setting(1, "steps whose gradients are averaged into one update")
+    max_grad_norm: float = setting(0.0, "clip the gradient's norm to this (0: off; Huber already bounds it)")
+    grad_checkpoint: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    max_seq_length: int = setting(2048, "longest question in tokens; a longer one is an error, never cut")
+    seed: int = setting(0, "seed of LoRA's start and of the order of batches")
+    steps_per_report: int = setting(10, "steps between log lines")
+    steps_per_eval: int = setting(200, "steps between validation losses and sample answers (0: never)")
+    save_every: int = setting(200, "steps between saved checkpoints (0: at the end alone)")
+    resume_adapter_file: str | None = setting(None, "adapters.safetensors to go on from, step and optimizer included")
+    overwrite: bool = setting(False, "write into an adapter folder that already holds an adapter")
+    trust_remote_code: bool = setting(False, "run Python code that the model's repository brings")
+
+
+def parse_settings(prog: str, description: str, argv: list[str] | None = None) -> TrainSettings:
+    """Settings from flags and YAML, checked as far as that goes without a model.
+
+    Raises:
+        ConfigError: something missing, out of range or contradictory, named by its flag.
+    """
+    settings = parse(TrainSettings, prog, description, argv, RECIPES)
+    require(settings, "model", "forget", "context")
+    for name, least in (("positions", 1), ("top_k", 1), ("iters", 1), ("batch_size", 1), ("max_seq_length", 1),
+                        ("grad_accumulation_steps", 1), ("steps_per_report", 1), ("steps_per_eval", 0),
+                        ("save_every", 0), ("max_grad_norm", 0), ("seed", 0)):  # fmt: skip
+        if getattr(settings, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected {least} or more")
+    for name in ("delta", "learning_rate"):
+        if not getattr(settings, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected more than 0")
+    lora = {**TrainSettings().lora_parameters, **settings.lora_parameters}
+    for key in settings.lora_parameters:
+        if key not in TrainSettings().lora_parameters:
+            raise ConfigError(f"lora_parameters: unknown key {key!r}{nearest(key, list(TrainSettings().lora_parameters))}")
+    if not isinstance(lora["rank"], int) or lora["rank"] < 1:
+        raise ConfigError(f"lora_parameters rank: expected a whole number of 1 or more, found {lora['rank']!r}")
+    settings = replace(settings, lora_parameters=lora)
+    has_retain = bool(settings.retain or settings.neighbours)
+    if not has_retain:  # allowed (METHOD.md has such a row), but then every query of a batch is a forget query
+        settings = replace(settings, forget_per_batch=settings.batch_size)
+    if not 1 <= settings.forget_per_batch <= settings.batch_size:
+        raise ConfigError(
+            f"--forget-per-batch {settings.forget_per_batch}: expected 1 to --batch-size {settings.batch_size}"
+        )
+    return settings
+
+
+class Prepared(NamedTuple):
+    """All that training reads: the base, the questions, the contexts, and what the teacher said."""
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Path
+    head: nn.Module | None
+    contexts: list[Context]
+    queries: list[Query]
+    targets: Targets
+    manifest: dict[str, str]
+    valid_queries: list[Query]
+    valid_targets: Targets | None
+
+
+def prepare(settings: TrainSettings) -> Prepared:
+    """Read questions, context and model, and get the targets: saved ones if nothing changed, else built now."""
+    forget = load_queries(settings.forget, "forget")
+    kept = load_queries(settings.retain, "retain") if settings.retain else []
+    kept += load_queries(settings.neighbours, "neighbour") if settings.neighbours else []
+    valid = load_queries(settings.valid_forget, "forget") if settings.valid_forget else []
+    valid += load_queries(settings.valid_retain, "retain") if settings.valid_retain else []
+    check_disjoint(forget, kept)
+    check_disjoint(forget + kept, valid)
+    contexts = load_contexts(settings.context, settings.topic)
+    folder_for_adapter(settings)
+
+    import mlx.core as mx
+
+    from .head import check_head
+    from .model import load_model, lora_keys, on_gpu
+
+    mx.random.seed(settings.seed)
+    if not on_gpu() and BLAS is None and sys.platform == "linux":
+        print("note: no OpenBLAS found (Debian: libopenblas0-pthread); matrix products will be about 40 times slower")
+    model, tokenizer, folder = load_model(settings.model, trust_remote_code=settings.trust_remote_code)
+    queries = forget + kept
+    window = json.loads((folder / "config.json").read_text()).get("max_position_embeddings") or sys.maxsize
+    check_lengths(tokenizer, queries + valid, contexts, settings, window)
+    head, reason = check_head(model, mx.array([render(tokenizer, queries[0].question)]))
+    keys = lora_keys(model, settings.lora_parameters["keys"])
+    adapted_head = [key for key in keys if not any(key in dict(layer.named_modules()) for layer in model.layers)]
+    if adapted_head:
+        head, reason = None, f"LoRA is asked for on {', '.join(adapted_head)}"
+    if head is None:
+        print(f"note: full head instead of K rows ({reason})")
+    path = Path(settings.adapter_path)
+    targets, described = saved_or_built(
+        path / "targets.safetensors", model, tokenizer, queries, contexts, settings, head
+    )
+    valid_targets = None
+    if valid:
+        valid_targets, _ = saved_or_built(
+            path / "valid_targets.safetensors", model, tokenizer, valid, contexts, settings, head
+        )
+    return Prepared(model, tokenizer, folder, head, contexts, queries, targets, described, valid, valid_targets)
+
+
+def folder_for_adapter(settings: TrainSettings) -> Path:
+    """The adapter folder, made if need be. Raises ConfigError if it holds an adapter and nothing allows its loss."""
+    path = Path(settings.adapter_path)
+    resumed = settings.resume_adapter_file and Path(settings.resume_adapter_file).resolve().parent == path.resolve()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--adapter-path {path}: is a file, expected a folder")
+    foreign = [] if not path.is_dir() else sorted(
+        entry.name for entry in path.iterdir() if not entry.name.endswith("targets.safetensors")
+    )
+    if foreign and not settings.overwrite and not resumed:
+        raise ConfigError(
+            f"--adapter-path {path}: not empty (holds {foreign[0]}); choose another folder, pass --overwrite to "
+            f"replace it, or go on from it with --resume-adapter-file {path / 'adapters.safetensors'}"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Stream:
+    """Batches of the training queries, the same for the same seed, with nothing computed twice."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], targets: Targets, prefix: int):
+        self.targets = targets
+        self.suffixes = [list(prompt[prefix:]) for prompt in prompts]
+        supervised = targets.position_mask.sum(axis=1)
+        # The student reads its question and, up to the last supervised position, the teacher's words.
+        self.sequences = [
+            [*suffix, *row[: count - 1].tolist()]
+            for suffix, row, count in zip(self.suffixes, targets.continuation, supervised, strict=True)
+        ]
+        self.lengths = np.array([len(s) for s in self.sequences])
+
+    def batch(self, rows: np.ndarray):
+        """The batch of these query indices, padded to a multiple of WIDTHS."""
+        import mlx.core as mx
+
+        from .generate import pad
+        from .losses import Batch
+
+        longest = int(self.lengths[rows].max())
+        start = np.array([len(self.suffixes[row]) - 1 for row in rows])
+        n = self.targets.position_mask.shape[1]
+        positions = np.minimum(start[:, None] + np.arange(n), self.lengths[rows][:, None] - 1)
+        t = self.targets
+        return Batch(
+            pad([self.sequences[row] for row in rows], -(-longest // WIDTHS) * WIDTHS),
+            mx.array(positions.astype(np.int32)),
+            *(mx.array(a[rows]) for a in (t.ids, t.logits, t.candidate_mask, t.position_mask)),
+        )
+
+    def schedule(self, forget: np.ndarray, kept: np.ndarray, settings: TrainSettings) -> list[np.ndarray]:
+        """Query indices of every step: both roles in epochs of their own, batches of like length.
+
+        Draws of `window` steps are sorted by length before they are cut, and the batches shuffled again: padding
+        stays low, and every query still comes once an epoch.
+        """
+        random = np.random.default_rng(settings.seed)
+        f, r = settings.forget_per_batch, settings.batch_size - settings.forget_per_batch
+        draws = [_epochs(random, role) for role in (forget, kept)]
+        steps: list[np.ndarray] = []
+        window = 16
+        while len(steps) < settings.iters:
+            parts = []
+            for draw, each in zip(draws, (f, r), strict=True):
+                if each:
+                    rows = np.array([next(draw) for _ in range(window * each)])
+                    parts.append(rows[np.argsort(self.lengths[rows], kind="stable")].reshape(window, each))
+            steps += list(random.permutation(np.concatenate(parts, axis=1)))
+        return steps[: settings.iters]
+
+
+def _epochs(random: np.random.Generator, rows: np.ndarray) -> Iterator[int]:
+    while True:
+        yield from random.permutation(rows)
+
+
+def duet_loss(model: nn.Module, batch, prefix: list[int], head, delta: float, center: bool):
+    """A method as a function of a batch: (sum of the query losses, number of queries).
+
+    The shared prefix is run once for the whole batch; its keys and values are broadcast, and gradients flow through.
+    """
+    from .generate import branch, encode_prefix
+    from .head import logits_at
+    from .losses import topk_huber
+
+    cache = branch(encode_prefix(model, prefix), len(batch.tokens)) if prefix else None
+    logits = logits_at(model, batch.tokens, batch.positions, batch.ids, cache=cache, head=head)
+    return topk_huber(logits, batch, delta, center).sum(), len(batch.tokens)
+
+
+def make_optimizer(settings: TrainSettings):
+    """Adam as METHOD.md has it (bias correction on, ε outside the root, no decay), with its schedule."""
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.utils import build_schedule
+
+    updates = max(1, settings.iters // settings.grad_accumulation_steps)
+    warmup = min(10, updates // 10)
+    schedule = settings.lr_schedule or {
+        "name": "cosine_decay",
+        "warmup": warmup,
+        "arguments": [settings.learning_rate, max(1, updates - warmup)],
+    }
+    try:
+        rate = build_schedule(schedule)
+    except (KeyError, AttributeError, TypeError, IndexError, ValueError) as error:
+        raise ConfigError(f"lr_schedule {schedule}: mlx-lm cannot build it ({error!r})") from error
+    return optim.Adam(learning_rate=rate, betas=[0.9, 0.999], eps=1e-8, bias_correction=True)
+
+
+def make_step(model: nn.Module, optimizer, loss, settings: TrainSettings, compiled: bool = True):
+    """step(batch, gradient so far, whether to update) -> (mean loss, squared gradient norm, gradient carried on)."""
+    from functools import partial
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx.utils import tree_map, tree_reduce
+
+    every = settings.grad_accumulation_steps
+
+    def mean_loss(model, batch):
+        total, count = loss(model, batch)
+        return total / count
+
+    def step(batch, carried, update: bool):
+        value, gradient = nn.value_and_grad(model, mean_loss)(model, batch)
+        if carried is not None:
+            gradient = tree_map(mx.add, gradient, carried)
+        if update:
+            if every > 1:
+                gradient = tree_map(lambda g: g / every, gradient)
+            if settings.max_grad_norm:
+                gradient, _ = optim.clip_grad_norm(gradient, settings.max_grad_norm)
+            optimizer.update(model, gradient)
+        norm = tree_reduce(lambda total, g: total + (g * g).sum(), gradient, mx.array(0.0))
+        return value, norm, None if update else gradient
+
+    if not compiled:
+        return step
+    state = [model.state, optimizer.state, mx.random.state]
+    return partial(mx.compile, inputs=state, outputs=state)(step)
+
+
+class Checkpoint:
+    """Saving and resuming: mlx-lm's two files, and beside them the optimizer and the step."""
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path, self.config = path, config
+
+    def save(self, model, optimizer, step: int, copy: bool = False) -> None:
+        """Write the adapter whole or not at all; `copy` keeps a numbered one too, as mlx-lm does."""
+        from mlx.utils import tree_flatten
+
+        from .model import adapter_parameters
+
+        weights = adapter_parameters(model)
+        _write(self.path / "adapters.safetensors", weights)
+        if copy:
+            _write(self.path / f"{step:07d}_adapters.safetensors", weights)
+        _write(self.path / "optimizer.safetensors", dict(tree_flatten(optimizer.state)), {"step": str(step)})
+        write_text(self.path / "adapter_config.json", json.dumps({**self.config, "step": step}, indent=2) + "\n")
+
+    def resume(self, model, optimizer, file: str) -> int:
+        """Load adapter, optimizer and step from beside `file`; the step to go on from.
+
+        Raises:
+            ConfigError: files missing, or of another LoRA.
+        """
+        import mlx.core as mx
+        from mlx.utils import tree_unflatten
+
+        from .model import adapter_parameters
+
+        try:
+            weights = mx.load(file)
+            state, meta = mx.load(str(Path(file).with_name("optimizer.safetensors")), return_metadata=True)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"--resume-adapter-file {file}: cannot be read ({error})") from error
+        mine = adapter_parameters(model)
+        odd = sorted(
+            name for name in mine.keys() | weights.keys()
+            if name not in mine or name not in weights or mine[name].shape != weights[name].shape
+        )  # fmt: skip
+        if odd:
+            raise ConfigError(f"--resume-adapter-file {file}: {odd[0]} does not fit this model and LoRA")
+        model.load_weights(list(weights.items()), strict=False)
+        optimizer.state = tree_unflatten(list(state.items()))
+        return int(meta["step"])
+
+
+def _write(path: Path, arrays: dict, metadata: dict[str, str] | None = None) -> None:
+    import mlx.core as mx
+
+    partial = path.with_name(f".{path.stem}.partial.safetensors")
+    try:
+        mx.save_safetensors(str(partial), arrays, metadata or {})
+        os.replace(partial, path)
+    except (RuntimeError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(f"{path}: cannot be written ({error}); what was there before is untouched") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def train(settings: TrainSettings, prepared: Prepared) -> Path:
+    """Run all steps and leave the adapter folder; returns it.
+
+    Raises:
+        TrainingError: loss or gradient not finite (the last good adapter is kept), or no room to write.
+        KeyboardInterrupt: after saving, with a line that says how to go on.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from tqdm import tqdm
+
+    from .generate import can_branch, common_prefix
+    from .model import adapter_parameters, add_lora, lora_keys, weights_hash
+
+    model, tokenizer, _, head, _, queries, targets, described, valid, _ = prepared
+    mx.random.seed(settings.seed)
+    keys = lora_keys(model, settings.lora_parameters["keys"])
+    add_lora(model, settings.num_layers, **{**settings.lora_parameters, "keys": keys})
+    trained = sum(a.size for _, a in tree_flatten(model.trainable_parameters()))
+    layers = len(model.layers) if settings.num_layers == -1 else settings.num_layers
+    print(f"training {trained / 1e6:.2f} M parameters: LoRA on {', '.join(keys)} of the last {layers} layers")
+
+    prompts = [render(tokenizer, query.question) for query in queries]
+    watched = [render(tokenizer, query.question) for query in valid]
+    prefix = common_prefix(prompts + watched) if can_branch(model) else 0
+    stream = Stream(prompts, targets, prefix)
+    forget = np.array([i for i, q in enumerate(queries) if q.role == "forget"])
+    kept = np.array([i for i, q in enumerate(queries) if q.role != "forget"], dtype=int)
+    steps = stream.schedule(forget, kept, settings)
+    shared = list(prompts[0][:prefix])
+
+    optimizer = make_optimizer(settings)
+    optimizer.init(model.trainable_parameters())
+    if settings.grad_checkpoint:
+        from mlx_lm.tuner.trainer import grad_checkpoint
+
+        grad_checkpoint(model.layers[0])  # patches the class; the teacher has been read by now
+    model.train()
+
+    def loss(model, batch):
+        return duet_loss(model, batch, shared, head, settings.delta, settings.center)
+
+    step = make_step(model, optimizer, loss, settings)
+    config = adapter_config(settings, prepared, keys, layers)
+    checkpoint = Checkpoint(Path(settings.adapter_path), config)
+    done = 0
+    if settings.resume_adapter_file:
+        done = checkpoint.resume(model, optimizer, settings.resume_adapter_file)
+        print(f"going on from step {done} of {settings.iters}")
+    log = Path(settings.adapter_path) / "train_log.jsonl"
+    if not done:
+        write_text(log, "")
+    interrupted = _note_interrupts()
+    good, carried, losses, tokens = adapter_parameters(model), None, [], 0
+    with tqdm(total=settings.iters, initial=done, desc="train", unit="step", file=sys.stdout) as bar:
+        for it in range(done + 1, settings.iters + 1):
+            batch = stream.batch(steps[it - 1])
+            value, norm, carried = step(batch, carried, it % settings.grad_accumulation_steps == 0)
+            mx.eval(model.trainable_parameters(), optimizer.state, value, norm, carried)
+            if not math.isfinite(value.item()) or not math.isfinite(norm.item()):
+                model.load_weights(list(good.items()), strict=False)
+                checkpoint.save(model, optimizer, it - 1)
+                raise TrainingError(
+                    f"step {it}: loss {value.item()}, squared gradient norm {norm.item()}: not finite. The adapter of "
+                    f"step {it - 1} is kept in {settings.adapter_path}; lower --learning-rate or set --max-grad-norm"
+                )
+            good = adapter_parameters(model)
+            losses.append(value.item())
+            tokens += int(stream.lengths[steps[it - 1]].sum())
+            bar.update()
+            if it % settings.steps_per_report == 0 or it == settings.iters:
+                row = report(it, losses, norm.item(), optimizer.learning_rate.item(), batch, tokens, bar)
+                with log.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                losses, tokens = [], 0
+            if settings.steps_per_eval and (it % settings.steps_per_eval == 0 or it == settings.iters):
+                validate(model, prepared, settings, shared, bar)
+            stop = bool(interrupted)
+            if stop or it == settings.iters or (settings.save_every and it % settings.save_every == 0):
+                checkpoint.save(model, optimizer, it, copy=bool(settings.save_every) and it % settings.save_every == 0)
+            if stop:
+                bar.close()
+                print(
+                    f"stopped at step {it}; saved. To go on: the same command with --resume-adapter-file "
+                    f"{Path(settings.adapter_path) / 'adapters.safetensors'}"
+                )
+                raise KeyboardInterrupt
+    if weights_hash(model) != described["model"]:
+        raise TrainingError("the base weights changed while training: this is a fault of duet-mlx, please report it")
+    return Path(settings.adapter_path)
+
+
+def _note_interrupts() -> list[int]:
+    """Ctrl-C is noted, and acted on between two steps; a second one stops at once."""
+    seen: list[int] = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    return seen
+
+
+def report(it: int, losses: list[float], norm: float, rate: float, batch, tokens: int, bar) -> dict[str, Any]:
+    """One log row, shown behind the progress bar as well."""
+    import mlx.core as mx
+
+    seconds = bar.format_dict["elapsed"]
+    last = getattr(bar, "last_report", 0.0)
+    bar.last_report = seconds
+    candidates = max(1, batch.candidate_mask.sum().item() / batch.position_mask.sum().item())
+    row = {
+        "step": it,
+        "loss": sum(losses) / len(losses),
+        "loss_per_candidate": sum(losses) / len(losses) / candidates,
+        "gradient_norm": math.sqrt(norm),
+        "learning_rate": rate,
+        "tokens_per_second": tokens / max(1e-9, seconds - last),
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+    }
+    bar.set_postfix_str(
+        f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, {row['peak_memory_gb']:.2f} GB", refresh=False
+    )
+    return row
+
+
+def validate(model: nn.Module, prepared: Prepared, settings: TrainSettings, prefix: list[int], bar) -> None:
+    """Print the loss on the validation questions, and what the student answers to a few of them."""
+    import mlx.core as mx
+
+    from .generate import greedy, stop_ids
+
+    model.eval()
+    tokenizer = prepared.tokenizer
+    if prepared.valid_targets is not None:
+        prompts = [render(tokenizer, q.question) for q in prepared.valid_queries]
+        stream = Stream(prompts, prepared.valid_targets, len(prefix))
+        for role in ("forget", "retain"):
+            rows = np.array([i for i, q in enumerate(prepared.valid_queries) if q.role == role], dtype=int)
+            rows = rows[np.argsort(stream.lengths[rows], kind="stable")]
+            total = 0.0
+            for start in range(0, len(rows), 16):
+                value, _ = duet_loss(
+                    model, stream.batch(rows[start : start + 16]), prefix, prepared.head, settings.delta, settings.center
+                )
+                total += value.item()
+            if len(rows):
+                bar.write(f"validation loss, {role}: {total / len(rows):.3f}")
+    source = prepared.valid_queries or prepared.queries
+    shown = [[q for q in source if (q.role == "forget") == forget][:2] for forget in (True, False)]
+    chosen = [q for part in shown for q in part]
+    answers = greedy(
+        model, [render(tokenizer, q.question) for q in chosen], 32, stop_ids(tokenizer), head=prepared.head
+    )
+    for query, answer in zip(chosen, answers, strict=True):
+        bar.write(f"  [{query.role}] {query.question} -> {tokenizer.decode(answer).strip()!r}")
+    mx.clear_cache()
+    model.train()
+
+
+def adapter_config(settings: TrainSettings, prepared: Prepared, keys: list[str], layers: int) -> dict[str, Any]:
+    """What mlx-lm reads of an adapter, and beside it everything that made it."""
+    import mlx.core as mx
+    import mlx_lm
+
+    files = [*settings.forget, *settings.retain, *settings.neighbours]
+    return {
+        "fine_tune_type": "lora",
+        "model": str(prepared.folder),
+        "num_layers": layers,
+        "lora_parameters": {**settings.lora_parameters, "keys": keys},
+        "settings": asdict(settings),
+        "data_hashes": {file: file_hash(file) for file in files},
+        "targets": prepared.manifest,
+        "versions": {
+            "duet_mlx": __version__,
+            "mlx": mx.__version__,
+            "mlx_lm": mlx_lm.__version__,
+            "python": sys.version.split()[0],
+        },
+    }
+
+
+def main() -> None:
+    """Train as the flags and the YAML say."""
+    settings = parse_settings("python -m duet_mlx.train", __doc__ or "")
+    path = train(settings, prepare(settings))
+    print(f"adapter: {path} (for mlx_lm.generate --adapter-path, mlx_lm.server, mlx_lm.fuse --dequantize)")
+
+
+if __name__ == "__main__":
+    run_cli(main)
