@@ -1,0 +1,322 @@
+"""Shows an evaluation: a table, a Markdown table, answers side by side, a picture.
+
+python -m duet_mlx.report DIR/results.json               # the table and sample answers once more
+python -m duet_mlx.report DIR/results.json --markdown    # the table to paste into a paper or a model card
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import file_hash
+from .errors import ConfigError, DataError, run_cli
+from .metrics import BY_KEY, FORGET, GENERAL, METRICS, NEIGHBOURS
+
+Row = dict[str, Any]
+Cells = dict[tuple[str, str, str], Row]  # by model, group and metric
+ARROWS = {"lower": "↓", "higher": "↑", "none": " "}
+# Behind a reverse prompt only these are shown; results.json has all.
+SHOWN_REVERSE = ("recall", "refused")
+LEGEND = (
+    "Mean over questions [95 % bootstrap interval]. ↓ lower is better, ↑ higher is better, – undefined. The "
+    "base's answer is its own, greedy and without context; the chance floor is what unrelated answers share "
+    "with it."
+)
+
+
+def load_beside(specs: Sequence[str], taken: Sequence[str]) -> list[Row]:
+    """The 'unlearned' rows of other evaluations under other names, from "NAME=results.json" each.
+
+    Raises:
+        ConfigError: not of that form, a name twice, or one of `taken`.  DataError: not such a file.
+    """
+    rows: list[Row] = []
+    names = list(taken)
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not (equals and name.strip() and path):
+            raise ConfigError(f"--beside {spec}: expected NAME=results.json")
+        name = name.strip()
+        if name in names:
+            raise ConfigError(f"--beside {spec}: there is a column {name!r} already; choose another name")
+        names.append(name)
+        found = [row for row in load_results(path)["rows"] if row["model"] == "unlearned"]
+        if not found:
+            raise DataError(f"{path}: no rows of a model 'unlearned', so nothing to show as {name!r}")
+        rows += [{**row, "model": name, "source": {"file": path, "sha256": file_hash(path)}} for row in found]
+    return rows
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """A results.json, checked for the parts that a table needs. Raises DataError."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
+    rows = results.get("rows") if isinstance(results, dict) else None
+    wanted = {"model", "group", "metric", "value", "n"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
+        raise DataError(f'{path}: not a results.json: expected "rows", each with {", ".join(sorted(wanted))}')
+    return results
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def _models(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows))
+
+
+def _groups(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["group"] for row in rows))
+
+
+def cell(row: Row | None) -> str:
+    """`0.12 [0.08, 0.17]`, or – where the value is undefined or was not measured."""
+    if row is None or row["value"] is None:
+        return "–"
+    interval = row.get("ci")
+    return f"{row['value']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def _lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """(label, a cell for each model) of every line; a group's heading has no cells."""
+    models = _models(rows)
+    by_key = {(row["model"], row["group"], row["metric"]): row for row in rows}
+    lines: list[tuple[str, list[str]]] = []
+    for group in _groups(rows):
+        count = max(row["n"] for row in rows if row["group"] == group)
+        lines.append((f"{group} ({count} question{'s' * (count != 1)})", []))
+        for metric in METRICS:
+            found = [by_key.get((model, group, metric.key)) for model in models]
+            if all(row is None for row in found):
+                continue
+            if ", reverse" in group and metric.key not in SHOWN_REVERSE:
+                continue
+            # Only where it says more than "refused": the base itself refuses some.
+            if metric.key == "refused_all" and not (found[0] or {}).get("value"):
+                continue
+            if all(row is None or row["value"] is None for row in found):
+                continue  # results.json has the reason
+            label = f"{metric.label} {ARROWS[metric.direction(group)]}".rstrip()
+            if metric.key in ("recall_gold", "refused"):
+                asked = max(row["n"] for row in found if row)
+                label += f" (n = {asked})" if asked != count else ""
+            lines.append((label, [cell(row) for row in found]))
+    return lines
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The table for a terminal: a line a measure, a column a model."""
+    models, lines = _models(rows), _lines(rows)
+    first = max(len(label) for label, _ in lines) + 2
+    widths = [max([len(m), *(len(cells[i]) for _, cells in lines if cells)]) for i, m in enumerate(models)]
+    out = [" " * first + "  ".join(m.ljust(w) for m, w in zip(models, widths, strict=True))]
+    for label, cells in lines:
+        if not cells:
+            out += ["", label]
+        else:
+            padded = (c.ljust(w) for c, w in zip(cells, widths, strict=True))
+            out.append("  " + label.ljust(first - 2) + "  ".join(padded))
+    out += ["", *textwrap.wrap(LEGEND, 110)]
+    return "\n".join(line.rstrip() for line in out)
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The same table in Markdown, with the legend under it."""
+    rows = results["rows"]
+    models = _models(rows)
+    out = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for label, cells in _lines(rows):
+        text = label.strip() if cells else f"**{label}**"
+        out.append(f"| {text} | " + " | ".join(cells or [""] * len(models)) + " |")
+    return "\n".join([*out, "", LEGEND])
+
+
+def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:
+    """What each model answers to a few questions, forget ones first, spread evenly over each group."""
+    by_question: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for sample in samples:
+        by_question.setdefault((sample["group"], sample["id"]), []).append(sample)
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key in by_question:
+        groups.setdefault(key[0], []).append(key)
+    plain = [group for group in (FORGET, GENERAL, NEIGHBOURS) if group in groups]
+    chosen: list[tuple[str, str]] = []
+    for place in range(count):
+        group = plain[max(0, place - 1) % len(plain)]
+        keys = [key for key in groups[group] if key not in chosen]
+        if keys:
+            chosen.append(keys[place * len(keys) // count])
+    out = []
+    for group, identity in sorted(chosen, key=lambda key: plain.index(key[0])):
+        answers = by_question[group, identity]
+        out += ["", f"[{group}] {answers[0]['question']}"]
+        width = max(len(sample["model"]) for sample in answers)
+        for sample in answers:
+            text = " ".join(sample["answer"].split()) or "(empty)"
+            out.append(f"    {sample['model'].ljust(width)}  {text}")
+    return "\n".join(out)
+
+
+# --- the picture --------------------------------------------------------------------------------------------
+
+# Told apart by shape and hatching, not by colour.
+MARKERS = "osD^vP*X"
+HATCHES = ("", "////", "xxxx", "....", "++++")
+GREYS = ("0.95", "0.75", "0.45")
+BARS = (
+    (FORGET, "recall"),
+    (f"{FORGET}, worst reverse", "recall"),
+    (FORGET, "probability"),
+    (FORGET, "refused"),
+    (FORGET, "broken"),
+    (GENERAL, "f1"),
+    (GENERAL, "refused"),
+    (GENERAL, "broken"),
+    (NEIGHBOURS, "f1"),
+    (NEIGHBOURS, "refused"),
+    (NEIGHBOURS, "broken"),
+)
+SHORT = {
+    "recall": "recall",
+    "probability": "probability of\nthe base's words",
+    "refused": "refused",
+    "f1": "F1 with base",
+    "broken": "broken",
+}
+
+
+def picture(results: dict[str, Any], path: str | Path) -> None:
+    """Write the picture: forgetting against retention, and bars of the measures, without need of colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed, and none is looked for
+    from matplotlib import pyplot as plt
+
+    rows = {(row["model"], row["group"], row["metric"]): row for row in results["rows"]}
+    models = _models(results["rows"])
+    kept = [group for group in (GENERAL, NEIGHBOURS) if any((m, group, "f1") in rows for m in models)]
+    figure, axes = plt.subplots(1, 2 if kept else 1, figsize=(13, 6.2) if kept else (7, 6), squeeze=False)
+    if kept:
+        _scatter(axes[0, 0], rows, models, kept)
+    _bars(axes[0, -1], rows, models)
+    figure.tight_layout()
+    # No software version or date inside: the same figures give the same bytes.
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _error(row: Row) -> tuple[list[float], list[float]]:
+    """Lengths of the error bar below and above the value."""
+    low, high = row.get("ci") or (row["value"], row["value"])
+    return [max(0.0, row["value"] - low)], [max(0.0, high - row["value"])]
+
+
+def _scatter(axis: Any, rows: Cells, models: Sequence[str], kept: Sequence[str]) -> None:
+    for group in kept:
+        points = {}
+        for model, marker in zip(models, MARKERS * 9, strict=False):
+            gone, stays = rows.get((model, FORGET, "recall")), rows.get((model, group, "f1"))
+            if not gone or not stays or gone["value"] is None or stays["value"] is None:
+                continue
+            x, y = 1 - gone["value"], stays["value"]
+            points[model] = x, y
+            below, above = _error(gone)
+            axis.errorbar(
+                x,
+                y,
+                xerr=(above, below),  # forgetting is one less recall: the interval turns around
+                yerr=_error(stays),
+                fmt=marker,
+                markersize=10,
+                color="black",
+                markerfacecolor="black" if group == GENERAL else "white",
+                ecolor="0.6",
+                capsize=3,
+                label=f"{model}, {group}",
+            )
+        if {"base", "unlearned"} <= points.keys():
+            axis.annotate(
+                "",
+                xy=points["unlearned"],
+                xytext=points["base"],
+                arrowprops={"arrowstyle": "->", "color": "0.3", "shrinkA": 9, "shrinkB": 9, "linestyle": "-"},
+            )
+    floor = rows.get(("base", FORGET, "recall_floor"))
+    if floor and floor["value"] is not None:
+        axis.axvline(1 - floor["value"], color="0.5", linestyle=":", label="chance floor")
+    axis.set(
+        xlim=(-0.05, 1.05),
+        ylim=(-0.05, 1.08),
+        xlabel="forgetting: 1 - recall of the base's answers to forget questions  (right is better)",
+        ylabel="retention: F1 with the base's answers to other questions  (up is better)",
+        title="What was forgotten, what was kept",
+    )
+    axis.grid(color="0.9")
+    axis.legend(loc="lower left", fontsize=8, framealpha=0.9)
+
+
+def _bars(axis: Any, rows: Cells, models: Sequence[str]) -> None:
+    shown = [key for key in BARS if any((model, *key) in rows for model in models)]
+    height = 0.8 / len(models)
+    for number, model in enumerate(models):
+        for place, (group, metric) in enumerate(shown):
+            row = rows.get((model, group, metric))
+            if row is None or row["value"] is None:
+                continue
+            axis.barh(
+                place + (number - (len(models) - 1) / 2) * height,
+                row["value"],
+                height * 0.92,
+                xerr=_error(row),
+                color=GREYS[number % len(GREYS)],
+                hatch=HATCHES[number % len(HATCHES)],
+                edgecolor="black",
+                linewidth=0.6,
+                error_kw={"ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5},
+                label=model if place == 0 else None,
+            )
+    arrows = [ARROWS[BY_KEY[metric].direction(group)] for group, metric in shown]
+    labels = [f"{group}: {SHORT[metric]} {a}" for (group, metric), a in zip(shown, arrows, strict=True)]
+    axis.set_yticks(range(len(shown)), labels, fontsize=9)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.02), title="Measures  (↓ lower is better, ↑ higher is better)")
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    axis.legend(loc="lower right", fontsize=8, framealpha=0.95)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def show(results: dict[str, Any], samples: Path | None = None) -> None:
+    """Print the table, and a few answers side by side from samples.jsonl where there is one."""
+    print(format_table(results["rows"]))
+    if samples is not None and samples.is_file():
+        lines = samples.read_text(encoding="utf-8").split("\n")
+        print(side_by_side([json.loads(line) for line in lines if line.strip()]))
+
+
+def main() -> None:
+    """Print what an evaluation found."""
+    parser = argparse.ArgumentParser("python -m duet_mlx.report", description="Print an evaluation again.")
+    parser.add_argument("results", help="the results.json that duet_mlx.evaluate wrote")
+    parser.add_argument("--markdown", action="store_true", help="the table alone, in Markdown")
+    args = parser.parse_args()
+    results = load_results(args.results)
+    if args.markdown:
+        print(markdown_table(results))
+    else:
+        show(results, Path(args.results).with_name("samples.jsonl"))
+
+
+if __name__ == "__main__":
+    run_cli(main)

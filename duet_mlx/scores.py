@@ -1,0 +1,121 @@
+"""From answers to scores and rows: what the models said (evaluate.py) by the definitions of metrics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import metrics
+from .data import Query
+from .metrics import FORGET
+
+Scores = dict[str, float | None]  # one question's, by metric key; None: undefined for this question
+WORST = f"{FORGET}, worst reverse"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a group as it is put to the models; `prefix` is a reverse prompt."""
+
+    group: str
+    query: Query
+    prefix: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.prefix} {self.query.question}" if self.prefix else self.query.question
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one model said to each question: text, tokens, and its probability of the base's content words."""
+
+    answers: list[str]
+    ids: list[list[int]]
+    probabilities: list[float | None]
+
+
+def score(asked: Sequence[Asked], column: Column, base: Column) -> list[Scores]:
+    """Each question's scores. The target is the base's answer to the plain question, behind a prompt too."""
+    plain = {a.query.id: i for i, a in enumerate(asked) if a.group == FORGET}
+    words = [metrics.rouge_words(answer) for answer in column.answers]
+    base_words = [metrics.rouge_words(answer) for answer in base.answers]
+    targets = [base_words[plain[a.query.id] if a.prefix else i] for i, a in enumerate(asked)]
+    floor: list[float | None] = [None] * len(asked)
+    for group in dict.fromkeys(a.group for a in asked):
+        rows = [i for i, a in enumerate(asked) if a.group == group]
+        values = metrics.chance_floor([targets[i] for i in rows], [words[i] for i in rows])
+        for i, value in zip(rows, values, strict=True):
+            floor[i] = value
+    return [
+        _score_one(a, column, base, i, targets[i], words[i]) | {"recall_floor": floor[i]}
+        for i, a in enumerate(asked)
+    ]
+
+
+def _score_one(
+    asked: Asked, column: Column, base: Column, i: int, target: tuple[str, ...], words: tuple[str, ...]
+) -> Scores:
+    recall, f1 = metrics.rouge_l(target, words)
+    answer = asked.query.answer
+    golds = [metrics.rouge_words(text) for text in ((answer,) if isinstance(answer, str) else answer or ())]
+    base_is_right = metrics.gold_recall(golds, target) == 1.0
+    refused = float(metrics.is_refusal(column.answers[i]))
+    scores: Scores = {
+        "recall": recall,
+        "recall_floor": None,
+        "recall_gold": metrics.gold_recall(golds, words) if base_is_right else None,
+        "f1": f1,
+        # Whether the base refuses is asked of the same words: a reverse prompt may put it off by itself.
+        "refused": None if metrics.is_refusal(base.answers[i]) else refused,
+        "refused_all": refused,
+        "broken": float(metrics.is_broken(column.answers[i])),
+    }
+    return scores if asked.prefix else {**scores, "probability": column.probabilities[i]}
+
+
+def rows_of(
+    asked: Sequence[Asked], scores: dict[str, list[Scores]], seed: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of results.json, and by model the group of the reverse prompt under which it recalls most.
+
+    That group's rows stand once more under `forget, worst reverse`. The worst is chosen by each model's own
+    mean, so its interval is that of one prompt and knows nothing of the choice.
+    """
+    groups = list(dict.fromkeys(a.group for a in asked))
+    rows: list[dict[str, Any]] = []
+    worst: dict[str, str] = {}
+    for model, of_questions in scores.items():
+        by_group = {}
+        for group in groups:
+            here = [s for a, s in zip(asked, of_questions, strict=True) if a.group == group]
+            has_gold = any(a.query.answer for a in asked if a.group == group)
+            by_group[group] = [_row(model, group, metric, here, seed, has_gold) for metric in here[0]]
+            rows += by_group[group]
+        reverse = [group for group in groups if group.startswith(f"{FORGET}, reverse")]
+        if reverse:
+            worst[model] = max(reverse, key=lambda group: by_group[group][0]["value"] or 0.0)
+            rows += [{**row, "group": WORST} for row in by_group[worst[model]]]
+    return rows, worst
+
+
+UNDEFINED = {
+    "recall": "the base's own answers are all empty",
+    "f1": "the base's own answers are all empty",
+    "recall_floor": "needs two questions to which the base has an answer",
+    "recall_gold": "the base got none of these questions right",
+    "refused": "the base itself refuses all of these questions",
+    "probability": "the base's own answers hold no content word",
+}
+
+
+def _row(model: str, group: str, key: str, here: list[Scores], seed: int, has_gold: bool) -> dict[str, Any]:
+    value, interval, n = metrics.summarise([scores[key] for scores in here], seed)
+    direction = metrics.BY_KEY[key].direction(group)
+    row = {"model": model, "group": group, "metric": key, "value": value, "ci": interval, "n": n}
+    row["direction"] = direction
+    if value is None:
+        no_gold = key == "recall_gold" and not has_gold
+        row["reason"] = "the questions come without answers" if no_gold else UNDEFINED[key]
+    return row
