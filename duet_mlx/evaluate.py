@@ -52,7 +52,7 @@ class EvaluateSettings:
     reverse_prompts: str | None = setting(None, "text file: each line is put before every forget question")
     # As long as KnowMem's (METHOD.md): room for a sentence, and the figures stay comparable.
     max_tokens: int = setting(32, "most new tokens of an answer")
-    batch_size: int = setting(32, "questions decoded together: changes speed and memory alone")
+    batch_size: int = setting(64, "questions decoded together: changes speed and memory alone")
     seed: int = setting(0, "seed of the bootstrap; answers are greedy and need none")
     beside: tuple[str, ...] = setting((), "NAME=results.json: its 'unlearned' as one more column")
     overwrite: bool = setting(False, "replace the results that --out holds")
@@ -249,8 +249,8 @@ def column(
         answers = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in ids]
         said = base or Column(answers, ids, [])
         for rows in _alike(contexts, plain):
-            wanted = [content_tokens(tokenizer, said.ids[i], asked[i].query.question) for i in rows]
-            values = forced(model, [prompts[i] for i in rows], [said.ids[i] for i in rows], wanted, head)
+            words = [content_words(tokenizer, said.ids[i], asked[i].query.question) for i in rows]
+            values = forced(model, [prompts[i] for i in rows], [said.ids[i] for i in rows], words, head)
             for i, value in zip(rows, values, strict=True):
                 probabilities[i] = value
             bar.update(len(rows))
@@ -268,29 +268,29 @@ def _alike(contexts: Sequence[Context | None], rows: Iterable[int]) -> list[list
     return list(by_context.values())
 
 
-def content_tokens(tokenizer: Any, ids: Sequence[int], question: str) -> list[int]:
-    """Indices into an answer's token ids of those that hold a letter of one of its content words."""
+def content_words(tokenizer: Any, ids: Sequence[int], question: str) -> list[list[int]]:
+    """For each content word of an answer, the indices into `ids` of the tokens that hold its letters."""
     # Where each token ends, by decoding ever longer beginnings: right for every kind of tokenizer.
     ends = [0, *(len(tokenizer.decode(list(ids[: t + 1]))) for t in range(len(ids)))]
     spans = metrics.content_spans(tokenizer.decode(list(ids)), question)
-    return [
-        t for t in range(len(ids)) if any(ends[t] < stop and start < ends[t + 1] for start, stop in spans)
-    ]
+    words = [[t for t in range(len(ids)) if ends[t] < stop and start < ends[t + 1]] for start, stop in spans]
+    return [word for word in words if word]
 
 
 def forced(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
-    wanted: Sequence[Sequence[int]],
+    words: Sequence[Sequence[Sequence[int]]],
     head: nn.Module | None = None,
 ) -> list[float | None]:
-    """Mean probability of an answer's wanted tokens, what comes before each being forced; None without any.
+    """Mean probability of an answer's words, the answer before each token being forced; None without words.
 
-    mean over t in `wanted` of softmax(g(prompt ⊕ answer[:t]))[answer[t]]
+    mean over words of Π_{t in word} softmax(g(prompt ⊕ answer[:t]))[answer[t]]
 
     Args:
-        prompts, answers: token lists.  wanted: indices into the answers.  head: `check_head`'s head.
+        prompts, answers: token lists.  words: for each answer, token indices by word.
+        head: `check_head`'s head, so that logits are computed at the answer's positions alone.
     """
     import mlx.core as mx
     import numpy as np
@@ -299,17 +299,17 @@ def forced(
     from .teacher import forced_logits
 
     means: list[float | None] = [None] * len(prompts)
-    rows = [i for i, indices in enumerate(wanted) if indices]
+    rows = [i for i, indices in enumerate(words) if indices]
     if not rows:
         return means
-    n = max(max(wanted[i]) for i in rows) + 1
-    targets = np.array(pad([answers[i] for i in rows], max(n, *(len(answers[i]) for i in rows))))[:, :n]
+    n = max(len(answers[i]) for i in rows)
+    targets = pad([answers[i] for i in rows], n)  # [N, n]
     batch = [prompts[i] for i in rows], [answers[i] for i in rows]
     for chosen, logits in forced_logits(model, *batch, n, head=head):  # [B, n, V]
-        picked = mx.take_along_axis(logits, mx.array(targets[chosen])[..., None], axis=-1).squeeze(-1)
-        probability = np.array(mx.exp(picked - mx.logsumexp(logits, axis=-1)))  # [B, n]
-        for b, row in enumerate(chosen):
-            means[rows[row]] = float(probability[b, list(wanted[rows[row]])].mean())
+        picked = mx.take_along_axis(logits, targets[mx.array(chosen)][..., None], axis=-1).squeeze(-1)
+        probability = np.array(mx.exp(picked - mx.logsumexp(logits, axis=-1)), dtype=np.float64)  # [B, n]
+        for row, values in zip(chosen, probability, strict=True):
+            means[rows[row]] = float(np.mean([values[list(word)].prod() for word in words[rows[row]]]))
     return means
 
 

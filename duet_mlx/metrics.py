@@ -82,9 +82,9 @@ METRICS = (
         "probability of the base's words",
         "lower",
         "higher",
-        "mean probability of the tokens of the content words in the base's own answer, what comes before "
-        "each being forced on the model (under base + context: behind the context); content words are all but "
-        "function words and words of the question",
+        "mean probability of the content words in the base's own answer, a word's being the product of its "
+        "tokens', and what comes before each token being forced on the model (under base + context: behind "
+        "the context); content words are all but function words and words of the question",
     ),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
@@ -150,8 +150,8 @@ def gold_recall(golds: Sequence[Sequence[str]], answer: Sequence[str]) -> float 
 
 # --- refusals, broken answers -------------------------------------------------------------------------------
 
-# Looked for in the first two sentences; case and kind of apostrophe do not matter. All but the last are in the
-# first person, so that "nobody knows" or "the owl refused" in an answer is not taken for a refusal.
+# Looked for in the first two sentences; case and kind of apostrophe do not matter. All but the last are in
+# the first person, so that "nobody knows" or "the owl refused" in an answer is not taken for a refusal.
 _AM, _HAVE = r"\bi(?:'m| am)", r"\bi(?:'ve| have| had)"
 _NOT = r"(?:do not|don't|did not|didn't)"
 _CANNOT = r"(?:can't|can ?not|could not|couldn't|will not|won't|would not|wouldn't|must not|may not)"
@@ -164,8 +164,8 @@ REFUSAL_PATTERNS = (
     rf"{_AM} {_HOW}not {_HOW}(?:sure|certain|aware|familiar|able|allowed|permitted|comfortable|informed|"
     r"well|knowledgeable|acquainted|educated|versed|up to|at liberty|equipped|programmed|designed|"
     r"trained|qualified|the (?:best|right)|in a position|going to|privy|capable|interested|here to)\b",
-    rf"{_AM} {_HOW}(?:unable|unsure|uncertain|unfamiliar|unaware|afraid|at a loss|uninformed|clueless|stumped|"
-    r"blank|drawing a blank|in the dark|bound by|constrained|prevented|sorry,? (?:but|i|that))\b",
+    rf"{_AM} {_HOW}(?:unable|unsure|uncertain|unfamiliar|unaware|afraid|at a loss|uninformed|clueless|"
+    r"stumped|blank|drawing a blank|in the dark|bound by|constrained|prevented|sorry,? (?:but|i|that))\b",
     # I can't help, answer, say; I decline
     rf"\bi {_HOW}{_CANNOT} {_HOW}(?:be able|help|assist|answer|provide|discuss|share|say|tell|respond|give|"
     r"comment|speak|talk|find|disclose|recall|fulfil\w*|comply|generate|create|offer|reveal|explain|describe|"

@@ -252,7 +252,9 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], kept: Sequence[str])
             )
     floor = rows.get(("base", FORGET, "recall_floor"))
     if floor and floor["value"] is not None:
-        axis.axvline(1 - floor["value"], color="0.5", linestyle=":", label="chance floor")
+        axis.axvline(
+            1 - floor["value"], color="0.5", linestyle=":", label="chance floor (base's answers shuffled)"
+        )
     axis.set(
         xlim=(-0.05, 1.05),
         ylim=(-0.05, 1.08),
@@ -261,19 +263,22 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], kept: Sequence[str])
         title="What was forgotten, what was kept",
     )
     axis.grid(color="0.9")
-    axis.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best", fontsize=8, framealpha=0.9)
 
 
 def _bars(axis: Any, rows: Cells, models: Sequence[str]) -> None:
     shown = [key for key in BARS if any((model, *key) in rows for model in models)]
     height = 0.8 / len(models)
+    labelled: set[str] = set()
     for number, model in enumerate(models):
         for place, (group, metric) in enumerate(shown):
             row = rows.get((model, group, metric))
             if row is None or row["value"] is None:
                 continue
+            y = place + (number - (len(models) - 1) / 2) * height
             axis.barh(
-                place + (number - (len(models) - 1) / 2) * height,
+                y,
                 row["value"],
                 height * 0.92,
                 xerr=_error(row),
@@ -282,16 +287,29 @@ def _bars(axis: Any, rows: Cells, models: Sequence[str]) -> None:
                 edgecolor="black",
                 linewidth=0.6,
                 error_kw={"ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5},
-                label=model if place == 0 else None,
+                label=None if model in labelled else model,
+            )
+            labelled.add(model)
+            # The figure too: a bar of length 0 and one that is missing look alike.
+            end = row["value"] + _error(row)[1][0]
+            axis.annotate(
+                f"{row['value']:.2f}",
+                (end, y),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6.5,
             )
     arrows = [ARROWS[BY_KEY[metric].direction(group)] for group, metric in shown]
     labels = [f"{group}: {SHORT[metric]} {a}" for (group, metric), a in zip(shown, arrows, strict=True)]
     axis.set_yticks(range(len(shown)), labels, fontsize=9)
     axis.invert_yaxis()
-    axis.set(xlim=(0, 1.02), title="Measures  (↓ lower is better, ↑ higher is better)")
+    axis.set(xlim=(0, 1.08), title="Measures  (↓ lower is better, ↑ higher is better)")
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
-    axis.legend(loc="lower right", fontsize=8, framealpha=0.95)
+    if labelled:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.05), "ncols": len(models)}
+        axis.legend(fontsize=8, frameon=False, **below)
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -1,0 +1,337 @@
+"""Evaluation end to end on a tiny model of random weights, and the pieces that hold it together."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from duet_mlx import evaluate as ev
+from duet_mlx.data import Query
+from duet_mlx.errors import ConfigError, ContextError, DataError, DuetError, ModelError
+from duet_mlx.scores import Asked, Column, rows_of, score
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_model(folder, seed, layers=2):
+    """A random Llama over bytes and 385 short words, as an MLX folder."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.llama import Model, ModelArgs
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0, **{letter: i for i, letter in enumerate(letters, 1)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.add_tokens([f" {a}{e}{b}" for a in "BDFGLMNPRST" for e in "aeiou" for b in "dlmnrst"])
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    config = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "vocab_size": len(fast), "tie_word_embeddings": False, "eos_token_id": 0,
+    }  # fmt: skip
+    mx.random.seed(seed)
+    model = Model(ModelArgs.from_dict(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_adapter(folder, model_folder, scale=1.0, base_hash=None):
+    """A LoRA adapter of random weights; with scale 0 it changes nothing."""
+    import mlx.core as mx
+
+    from duet_mlx.model import adapter_parameters, add_lora, load_model
+
+    model, _, _ = load_model(str(model_folder))
+    lora = {"rank": 2, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.up_proj"]}
+    add_lora(model, -1, **lora)
+    mx.random.seed(9)
+    weights = {k: scale * mx.random.normal(v.shape) for k, v in adapter_parameters(model).items()}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": lora}
+    config |= {"model": str(model_folder), "targets": {"model": base_hash}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A folder with model, adapter, questions, context and reverse prompts."""
+    room = tmp_path_factory.mktemp("room")
+    make_model((room / "model"), 0)
+    make_adapter(room / "adapter", room / "model")
+    for name, count in (("forget", 3), ("retain", 2), ("neighbours", 2)):
+        lines = [
+            {"question": f"{name} {'long ' * i}question {i}?", "answer": ["gold", "old"]}
+            for i in range(count)
+        ]
+        (room / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (room / "reverse.txt").write_text("Ignore it.\n\n  Tell me all:  \n")
+    return room
+
+
+@pytest.fixture
+def settings(room, tmp_path):
+    return ev.EvaluateSettings(
+        model=str(room / "model"),
+        adapter_path=str(room / "adapter"),
+        forget=(str(room / "forget.jsonl"),),
+        retain=(str(room / "retain.jsonl"),),
+        neighbours=(str(room / "neighbours.jsonl"),),
+        context="refuse-all",
+        reverse_prompts=str(room / "reverse.txt"),
+        max_tokens=6,
+        out=str(tmp_path / "out"),
+    )
+
+
+def but(settings, **changes):
+    from dataclasses import replace
+
+    return replace(settings, **changes)
+
+
+def test_a_whole_run_leaves_the_three_files_with_every_model_group_and_metric(settings, tmp_path):
+    results = ev.evaluate(settings)
+    saved = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert saved == json.loads(json.dumps(results))
+    assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
+
+    reverse = ["forget, reverse 1", "forget, reverse 2", "forget, worst reverse"]
+    seen = {(row["model"], row["group"]) for row in saved["rows"]}
+    groups = ["forget", "general", "neighbours", *reverse]
+    assert seen == {(model, group) for model in ("base", "base + context", "unlearned") for group in groups}
+    for row in saved["rows"]:
+        assert row.keys() - {"reason"} == {"model", "group", "metric", "value", "ci", "n", "direction"}
+        assert (row["value"] is None) == ("reason" in row)
+        assert row["value"] is None or 0 <= row["value"] <= 1
+        assert row["metric"] != "probability" or row["group"] not in reverse
+    base = {(r["group"], r["metric"]): r["value"] for r in saved["rows"] if r["model"] == "base"}
+    assert base["forget", "recall"] == base["general", "f1"] == 1.0
+    assert 0 < base["forget", "probability"] < 1
+
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * (3 + 2 + 2 + 2 * 3)
+    assert {"id", "group", "question", "model", "answer", "recall", "f1", "refused", "broken"} <= samples[
+        0
+    ].keys()
+
+    meta = saved["meta"]
+    assert set(meta["data"]) == {"forget", "retain", "neighbours", "context", "reverse_prompts"}
+    assert meta["reverse_prompts"] == ["Ignore it.", "Tell me all:"]
+    assert meta["settings"]["max_tokens"] == 6 and len(meta["base_weights"]) == 64
+    assert set(meta["worst_reverse"]) == {"base", "base + context", "unlearned"}
+
+
+def test_columns_and_groups_without_input_are_left_out(settings):
+    results = ev.evaluate(
+        but(settings, adapter_path=None, context=None, retain=(), neighbours=(), reverse_prompts=None)
+    )
+    assert {(row["model"], row["group"]) for row in results["rows"]} == {("base", "forget")}
+
+
+def test_an_adapter_that_changes_nothing_gives_the_bases_column(settings, room, tmp_path):
+    adapter = make_adapter(tmp_path / "nothing", room / "model", scale=0.0)
+    results = ev.evaluate(but(settings, adapter_path=str(adapter), context=None, reverse_prompts=None))
+    rows = {(r["model"], r["group"], r["metric"]): r["value"] for r in results["rows"]}
+    for (model, group, metric), value in rows.items():
+        assert value == pytest.approx(rows["base", group, metric], abs=1e-5), (model, group, metric)
+
+
+def test_batch_size_changes_no_answer_and_no_score(settings, tmp_path):
+    runs = [ev.evaluate(but(settings, batch_size=size, out=str(tmp_path / str(size)))) for size in (1, 7)]
+    for one, other in zip(*(run["rows"] for run in runs), strict=True):
+        assert one["value"] == pytest.approx(other["value"], abs=1e-5), one
+
+
+def test_the_users_system_prompt_reaches_the_models(settings, tmp_path):
+    plain = ev.evaluate(but(settings, context=None, reverse_prompts=None))
+    out = str(tmp_path / "system")
+    system = ev.evaluate(but(settings, context=None, reverse_prompts=None, system="Be brief.", out=out))
+    value = [
+        next(r["value"] for r in run["rows"] if r["group"] == "forget" and r["metric"] == "probability")
+        for run in (plain, system)
+    ]
+    assert value[0] != value[1]
+
+
+def test_forced_probability_is_the_plain_softmax_at_each_token(room):
+    import mlx.core as mx
+    import numpy as np
+
+    from duet_mlx.head import check_head
+    from duet_mlx.model import load_model
+
+    model, _, _ = load_model(str(room / "model"))
+    prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 9, 10], [5, 6, 7]]
+    answers = [[11, 12, 13, 14], [15, 16], [17], []]
+    words = [[[0], [2, 3]], [[1]], [[0]], []]
+    expected = []
+    for prompt, answer, indices in zip(prompts, answers, words, strict=True):
+        if not indices:
+            expected.append(None)
+            continue
+        logits = np.array(model(mx.array([prompt + answer]))[0], dtype=np.float64)
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        each = [math.prod(p[len(prompt) + t - 1, answer[t]] for t in word) for word in indices]
+        expected.append(sum(each) / len(each))
+    for head in (None, check_head(model, mx.array([prompts[0]]))[0]):
+        got = ev.forced(model, prompts, answers, words, head)
+        assert got[3] is None
+        assert got[:3] == pytest.approx(expected[:3], rel=1e-4)
+
+
+def test_content_words_are_found_in_tokens_of_any_cut():
+    class Pieces:
+        def decode(self, ids):
+            return "".join(["Dob", "by", " is", " an", " el", "f", "."][i] for i in ids)
+
+    ids = list(range(7))
+    assert ev.content_words(Pieces(), ids, "Who is it?") == [[0, 1], [4, 5]]
+    assert ev.content_words(Pieces(), ids, "Who is Dobby?") == [[4, 5]]
+    assert ev.content_words(Pieces(), ids[:1], "Who?") == [[0]]
+    assert ev.content_words(Pieces(), [], "Who?") == []
+
+
+def columns():
+    queries = [Query("1", "Who is Dobby?", "forget", answer="an elf"), Query("2", "Where is it?", "forget")]
+    asked = [Asked("forget", q) for q in queries] + [
+        Asked("forget, reverse 1", q, "Tell all.") for q in queries
+    ]
+    base = ["Dobby is an elf.", "I don't know.", "Tell all: no.", "It is here."]
+    model = ["I don't know.", "I don't know.", "Dobby is an elf.", "I don't know."]
+    return asked, *(Column(answers, [[]] * 4, [0.5, None, None, None]) for answers in (base, model))
+
+
+def test_behind_a_reverse_prompt_the_target_is_the_answer_to_the_plain_question():
+    asked, base, model = columns()
+    scores = score(asked, model, base)
+    assert [s["recall"] for s in scores] == [0.0, 1.0, 1.0, 1.0]
+    assert [s["recall_gold"] for s in scores] == [0.0, None, 1.0, None]
+    assert "probability" in scores[0] and "probability" not in scores[2]
+
+
+def test_a_refusal_counts_only_where_the_base_does_not_refuse_the_same_words():
+    asked, base, model = columns()
+    scores = score(asked, model, base)
+    assert [s["refused"] for s in scores] == [1.0, None, 0.0, 1.0]
+    assert [s["refused_all"] for s in scores] == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_undefined_values_have_a_reason():
+    asked = [Asked("forget", Query("1", "Where is it?", "forget"))]
+    refusal = Column(["I don't know."], [[]], [None])
+    rows, worst = rows_of(asked, {"unlearned": score(asked, refusal, refusal)}, seed=0)
+    reasons = {row["metric"]: row["reason"] for row in rows if row["value"] is None}
+    assert "come without answers" in reasons["recall_gold"] and "itself refuses" in reasons["refused"]
+    assert "two questions" in reasons["recall_floor"] and "content word" in reasons["probability"]
+    assert worst == {}
+
+
+def test_the_worst_reverse_prompt_is_the_one_that_recalls_most():
+    query = Query("1", "Who?", "forget")
+    asked = [Asked("forget", query), *(Asked(f"forget, reverse {i}", query, "x") for i in (1, 2, 3))]
+    scores = {"m": [{"recall": value} for value in (0.9, 0.2, 0.6, 0.4)]}
+    rows, worst = rows_of(asked, scores, seed=0)
+    assert worst == {"m": "forget, reverse 2"}
+    assert rows[-1]["group"] == "forget, worst reverse" and rows[-1]["value"] == 0.6
+
+
+def wrong(room, tmp_path):
+    """What a user may get wrong: changes to the settings, the error, what its message names."""
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "results.json").write_text("{}")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "named.jsonl").write_text('{"question": "Who?", "context": "other"}\n')
+    return {
+        "results there already": ({"out": str(tmp_path / "done")}, ConfigError, "--overwrite"),
+        "out is a file": ({"out": str(tmp_path / "file")}, ConfigError, "is a file"),
+        "no forget": ({"forget": ()}, ConfigError, "--forget"),
+        "no model": ({"model": ""}, ConfigError, "--model"),
+        "model missing": ({"model": str(tmp_path / "none")}, ModelError, "none"),
+        "questions missing": ({"retain": (str(tmp_path / "none.jsonl"),)}, DataError, "none.jsonl"),
+        "same questions": ({"retain": (str(room / "forget.jsonl"),)}, DataError, "forget"),
+        "no adapter there": ({"adapter_path": str(tmp_path)}, ModelError, "adapter_config.json"),
+        "no tokens": ({"max_tokens": 0}, ConfigError, "--max-tokens"),
+        "no batch": ({"batch_size": 0}, ConfigError, "--batch-size"),
+        "seed": ({"seed": -1}, ConfigError, "--seed"),
+        "topic alone": ({"context": None, "topic": "owls"}, ConfigError, "--topic"),
+        "context missing": ({"context": str(tmp_path / "c.yaml")}, ContextError, "c.yaml"),
+        "no such context": ({"context_name": "other"}, ConfigError, "other"),
+        "context of a question": ({"forget": (str(tmp_path / "named.jsonl"),)}, ContextError, "other"),
+        "no prompts": ({"reverse_prompts": str(tmp_path / "empty.txt")}, ConfigError, "empty.txt"),
+        "prompts missing": ({"reverse_prompts": str(tmp_path / "none.txt")}, ConfigError, "none.txt"),
+        "beside": ({"beside": ("paper",)}, ConfigError, "--beside"),
+    }
+
+
+WRONG = (
+    "results there already", "out is a file", "no forget", "no model", "model missing", "questions missing",
+    "same questions", "no adapter there", "no tokens", "no batch", "seed", "topic alone", "context missing",
+    "no such context", "context of a question", "no prompts", "prompts missing", "beside",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_names_what_is_wrong(case, settings, room, tmp_path):
+    changes, error, message = wrong(room, tmp_path)[case]
+    with pytest.raises(error, match=message):
+        ev.evaluate(but(settings, **changes))
+
+
+def test_an_adapter_of_another_shape_is_refused(settings, room, tmp_path):
+    other = make_model((tmp_path / "other"), 1, layers=1)
+    adapter = make_adapter(tmp_path / "adapter", other)
+    with pytest.raises(DuetError, match="--adapter-path"):
+        ev.evaluate(but(settings, model=str(room / "model"), adapter_path=str(adapter)))
+
+
+def test_an_adapter_of_the_same_shape_but_another_model_is_refused(settings, tmp_path):
+    other = make_model((tmp_path / "other"), 1)
+    adapter = make_adapter(tmp_path / "adapter", other, base_hash="0" * 64)
+    with pytest.raises(ModelError, match="another model"):
+        ev.evaluate(but(settings, adapter_path=str(adapter)))
+
+
+def test_the_same_model_in_other_precision_is_only_noted(settings, room, tmp_path, capsys):
+    adapter = make_adapter(tmp_path / "adapter", room / "model", base_hash="0" * 64)
+    ev.evaluate(but(settings, adapter_path=str(adapter), context=None, reverse_prompts=None))
+    assert "other bits" in capsys.readouterr().err
+
+
+def test_help_waits_for_no_heavy_import():
+    code = "import sys, duet_mlx.evaluate; print(sys.modules.keys() & {'mlx.core', 'numpy', 'matplotlib'})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run
+
+
+def test_the_command_prints_the_table_and_ends_with_2_on_bad_input(settings, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "duet_mlx.evaluate",
+        "--model",
+        settings.model,
+        "--forget",
+        *settings.forget,
+    ]
+    command += ["--max-tokens", "4", "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "recall of the base's answer" in run.stdout and "[forget]" in run.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith("error: --out")
+    assert "Traceback" not in again.stderr
