@@ -50,6 +50,9 @@ class EvaluateSettings:
     context_name: str | None = setting(None, "the one context of --context to put before every question")
     system: str = setting("", "your own system prompt, in every column")
     reverse_prompts: str | None = setting(None, "text file: each line is put before every forget question")
+    reverse_questions: int = setting(
+        0, "ask only so many forget questions, evenly spread, behind each (0: all)"
+    )
     # As long as KnowMem's (METHOD.md): room for a sentence, and the figures stay comparable.
     max_tokens: int = setting(32, "most new tokens of an answer")
     batch_size: int = setting(64, "questions decoded together: changes speed and memory alone")
@@ -70,8 +73,11 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     prompts = _reverse_prompts(settings)
     groups = _groups(settings)
     asked = [Asked(group, query) for group, queries in groups.items() for query in queries]
+    count = len(groups[FORGET])
+    tried = min(settings.reverse_questions or count, count)
+    spread = [groups[FORGET][i * count // tried] for i in range(tried)]
     for number, prompt in enumerate(prompts, 1):
-        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt) for query in groups[FORGET]]
+        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt) for query in spread]
     contexts = _contexts(settings, groups[FORGET])
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED))
     Path(settings.out).mkdir(parents=True, exist_ok=True)
@@ -106,8 +112,9 @@ def _check(settings: EvaluateSettings) -> None:
     for name in ("max_tokens", "batch_size"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 1 or more")
-    if settings.seed < 0:
-        raise ConfigError(f"--seed {settings.seed}: expected 0 or more")
+    for name in ("seed", "reverse_questions"):
+        if getattr(settings, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
     for name in ("topic", "context_name"):
         if getattr(settings, name) is not None and settings.context is None:
             raise ConfigError(f"--{name.replace('_', '-')} says something about --context, which is missing")
@@ -241,14 +248,14 @@ def column(
     probabilities: list[float | None] = [None] * len(prompts)
     plain = [i for i, a in enumerate(asked) if not a.prefix]
     with tqdm(total=len(prompts) + len(plain), desc=name, unit="q", file=sys.stderr, disable=None) as bar:
-        for rows in _alike(contexts, range(len(prompts))):
+        for rows in _alike(asked, contexts, range(len(prompts))):
             batch = [prompts[i] for i in rows]
             new = greedy(model, batch, settings.max_tokens, stop, settings.batch_size, head, bar.update)
             for i, tokens in zip(rows, new, strict=True):
                 ids[i] = tokens
         answers = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in ids]
         said = base or Column(answers, ids, [])
-        for rows in _alike(contexts, plain):
+        for rows in _alike(asked, contexts, plain):
             words = [content_words(tokenizer, said.ids[i], asked[i].query.question) for i in rows]
             values = forced(model, [prompts[i] for i in rows], [said.ids[i] for i in rows], words, head)
             for i, value in zip(rows, values, strict=True):
@@ -260,12 +267,14 @@ def column(
     return Column([answer.strip() for answer in answers], ids, probabilities)
 
 
-def _alike(contexts: Sequence[Context | None], rows: Iterable[int]) -> list[list[int]]:
-    """Rows by context, in order: those of one context share its encoded prefix."""
-    by_context: dict[Context | None, list[int]] = {}
+def _alike(
+    asked: Sequence[Asked], contexts: Sequence[Context | None], rows: Iterable[int]
+) -> list[list[int]]:
+    """Rows that begin alike, by context and reverse prompt: what they share is then encoded once."""
+    parts: dict[tuple[Context | None, str], list[int]] = {}
     for row in rows:
-        by_context.setdefault(contexts[row], []).append(row)
-    return list(by_context.values())
+        parts.setdefault((contexts[row], asked[row].prefix), []).append(row)
+    return list(parts.values())
 
 
 def content_words(tokenizer: Any, ids: Sequence[int], question: str) -> list[list[int]]:

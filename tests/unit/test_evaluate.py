@@ -156,6 +156,13 @@ def test_batch_size_changes_no_answer_and_no_score(settings, tmp_path):
         assert one["value"] == pytest.approx(other["value"], abs=1e-5), one
 
 
+def test_fewer_questions_behind_reverse_prompts_are_spread_over_all(settings, tmp_path):
+    ev.evaluate(but(settings, adapter_path=None, context=None, reverse_questions=2))
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    asked = [sample["id"] for sample in samples if sample["group"] == "forget, reverse 2"]
+    assert asked == ["forget:1", "forget:2"]
+
+
 def test_the_users_system_prompt_reaches_the_models(settings, tmp_path):
     plain = ev.evaluate(but(settings, context=None, reverse_prompts=None))
     out = str(tmp_path / "system")
@@ -268,6 +275,7 @@ def wrong(room, tmp_path):
         "no tokens": ({"max_tokens": 0}, ConfigError, "--max-tokens"),
         "no batch": ({"batch_size": 0}, ConfigError, "--batch-size"),
         "seed": ({"seed": -1}, ConfigError, "--seed"),
+        "fewer than none": ({"reverse_questions": -1}, ConfigError, "--reverse-questions"),
         "topic alone": ({"context": None, "topic": "owls"}, ConfigError, "--topic"),
         "context missing": ({"context": str(tmp_path / "c.yaml")}, ContextError, "c.yaml"),
         "no such context": ({"context_name": "other"}, ConfigError, "other"),
@@ -280,7 +288,7 @@ def wrong(room, tmp_path):
 
 WRONG = (
     "results there already", "out is a file", "no forget", "no model", "model missing", "questions missing",
-    "same questions", "no adapter there", "no tokens", "no batch", "seed", "topic alone", "context missing",
+    "same questions", "no adapter there", "no tokens", "no batch", "seed", "fewer than none", "topic alone", "context missing",
     "no such context", "context of a question", "no prompts", "prompts missing", "beside",
 )  # fmt: skip
 
