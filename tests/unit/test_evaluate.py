@@ -287,9 +287,10 @@ def wrong(room, tmp_path):
 
 
 WRONG = (
-    "results there already", "out is a file", "no forget", "no model", "model missing", "questions missing",
-    "same questions", "no adapter there", "no tokens", "no batch", "seed", "fewer than none", "topic alone", "context missing",
-    "no such context", "context of a question", "no prompts", "prompts missing", "beside",
+    "results there already", "out is a file", "no forget", "no model", "model missing",
+    "questions missing", "same questions", "no adapter there", "no tokens", "no batch", "seed",
+    "fewer than none", "topic alone", "context missing", "no such context", "context of a question",
+    "no prompts", "prompts missing", "beside",
 )  # fmt: skip
 
 
