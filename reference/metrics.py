@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .porter import stem as porter_stem
+from reference.porter import stem as porter_stem
 
 Array = NDArray[Any]
 Words = Sequence[str]
