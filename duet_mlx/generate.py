@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache, ConcatenateKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
 
 from .head import logits_at
 
@@ -40,18 +40,45 @@ def encode_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
     return [(entry.keys, entry.values) for entry in cache]
 
 
-def branch(prefix: Prefix, size: int, batched: bool = False) -> list | None:
-    """A cache of `size` rows that all begin with `prefix`; `batched` makes one to decode with."""
-    if not prefix and not batched:
-        return None
+class RaggedCache(ConcatenateKVCache):
+    """A cache of B rows of one prefix and suffixes of unlike length, to decode with.
+
+    mlx-lm's batch cache rolls every row to the right edge after the prefill, which on CPU costs as much as the
+    prefill. Here the padding stays where it is, between a row's suffix and its new tokens, behind a mask.
+    """
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array):
+        offset = self.offset + keys.shape[2]  # the upstream one counts padding too
+        grown = super().update_and_fetch(keys, values)
+        self.offset = offset
+        return grown
+
+    def settle(self, before: int, lengths: np.ndarray) -> None:
+        """After the prefill: row b holds `before` + lengths[b] tokens, then padding up to the common width."""
+        self.offset = mx.array(before + lengths)  # [B]: RoPE counts each row's own tokens
+        self.visible = mx.arange(self.keys.shape[2])[None] < self.offset[:, None]  # [B, S]
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):  # noqa: N803
+        """Causal while the suffixes come in; afterwards all that is visible, [B, 1, 1, S+1]."""
+        if self.keys is None or isinstance(self.offset, int):
+            return create_attention_mask(N, self.offset, return_array, window_size)
+        new = mx.ones((len(self.offset), self.keys.shape[2] + N - self.visible.shape[1]), dtype=mx.bool_)
+        return mx.concatenate([self.visible, new], axis=1)[:, None, None]
+
+    def keep(self, rows: mx.array) -> None:
+        """Drop all rows but these."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.offset, self.visible = self.offset[rows], self.visible[rows]
+
+
+def branch(prefix: Prefix, size: int, kind: type = ConcatenateKVCache) -> list:
+    """A cache of `size` rows that all begin with `prefix`."""
     cache = []
     for keys, values in prefix:
-        entry = BatchKVCache([0] * size) if batched else ConcatenateKVCache()
+        entry = kind()
         entry.keys = mx.broadcast_to(keys, (size, *keys.shape[1:]))
         entry.values = mx.broadcast_to(values, (size, *values.shape[1:]))
-        entry.offset = entry.offset + keys.shape[2]
-        if batched:
-            entry._idx = keys.shape[2]
+        entry.offset = keys.shape[2]
         cache.append(entry)
     return cache
 
@@ -103,16 +130,14 @@ def greedy(
     for rows in batches([len(p) for p in prompts], batch_size, equal=not shared):
         suffixes = [prompts[row][length:] for row in rows]
         last = np.array([len(s) - 1 for s in suffixes])
-        cache = branch(prefix, len(rows), batched=True) if prefix else None
-        if cache is None:
-            cache = [BatchKVCache([0] * len(rows)) for _ in model.layers] if shared else make_prompt_cache(model)
-        if shared:
-            for entry in cache:
-                entry.prepare(right_padding=(last.max() - last).tolist())
+        if prefix:
+            cache = branch(prefix, len(rows), RaggedCache)
+        else:
+            cache = [RaggedCache() for _ in model.layers] if shared else make_prompt_cache(model)
         logits = logits_at(model, pad(suffixes), mx.array(last[:, None]), cache=cache, head=head)
         if shared:
             for entry in cache:
-                entry.finalize()
+                entry.settle(length, last + 1)
         alive, count = rows, 0
         while True:
             tokens = mx.argmax(logits[:, 0], axis=-1)
@@ -129,7 +154,7 @@ def greedy(
             if shared and going.sum() <= len(alive) // 2:  # answers that ended are dropped by halves
                 keep = mx.array(np.flatnonzero(going))
                 for entry in cache:
-                    entry.filter(keep)
+                    entry.keep(keep)
                 alive, tokens = alive[going], tokens[keep]
             zero = mx.zeros((len(alive), 1), dtype=mx.int32)
             logits = logits_at(model, tokens[:, None], zero, cache=cache, head=head)

@@ -204,7 +204,7 @@ def picture(results: dict[str, Any], path: str | Path) -> None:
     rows = {(row["model"], row["group"], row["metric"]): row for row in results["rows"]}
     models = _models(results["rows"])
     kept = [group for group in (GENERAL, NEIGHBOURS) if any((m, group, "f1") in rows for m in models)]
-    figure, axes = plt.subplots(1, 2 if kept else 1, figsize=(13, 6.2) if kept else (7, 6), squeeze=False)
+    figure, axes = plt.subplots(1, 2 if kept else 1, figsize=(13, 7) if kept else (7, 7), squeeze=False)
     if kept:
         _scatter(axes[0, 0], rows, models, kept)
     _bars(axes[0, -1], rows, models)

@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"positions": 1, "candidates": "teacher", "retain_context": "teacher", "center": False},
 }
-WIDTHS = 8  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
+WIDTHS = 4  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     from tqdm import tqdm
 
     from .generate import can_branch, common_prefix
-    from .model import adapter_parameters, add_lora, lora_keys, weights_hash
+    from .model import adapter_parameters, add_lora, lora_keys, on_gpu, weights_hash
 
     model, tokenizer, _, head, _, queries, targets, described, valid, _ = prepared
     mx.random.seed(settings.seed)
@@ -426,7 +426,8 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     def loss(model, batch):
         return duet_loss(model, batch, shared, head, settings.delta, settings.center)
 
-    step = make_step(model, optimizer, loss, settings)
+    # On CPU mx.compile would call a C++ compiler for seconds and gain nothing on matrix products.
+    step = make_step(model, optimizer, loss, settings, compiled=on_gpu())
     config = adapter_config(settings, prepared, keys, layers)
     checkpoint = Checkpoint(Path(settings.adapter_path), config)
     done = 0
