@@ -252,9 +252,7 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], kept: Sequence[str])
             )
     floor = rows.get(("base", FORGET, "recall_floor"))
     if floor and floor["value"] is not None:
-        axis.axvline(
-            1 - floor["value"], color="0.5", linestyle=":", label="chance floor (base's answers shuffled)"
-        )
+        axis.axvline(1 - floor["value"], color="0.5", linestyle=":", label="chance floor (base's answers shuffled)")
     axis.set(
         xlim=(-0.05, 1.05),
         ylim=(-0.05, 1.08),
