@@ -193,9 +193,7 @@ def _apply(tokenizer: Any, template: str, messages: list[Message]) -> str:
     if "strftime_now" in template:
         switches["chat_template"] = _dated(template)
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
-        )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches))
     except Exception as error:  # a template is a program of the model's author and may raise anything
         raise ContextError(f"the chat template raises {type(error).__name__}: {error}") from error
 
@@ -247,9 +245,7 @@ def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
 def _refuse_control_tokens(control: re.Pattern[str], question: str, parts: list[str], owner: str) -> None:
     """Text such as "<|im_end|>" would become the token itself and end the turn: better no run than that."""
     if found := control.search(question):
-        raise DataError(
-            f"question {_short(question)} holds {found[0]!r}, a control token of this model; reword it"
-        )
+        raise DataError(f"question {_short(question)} holds {found[0]!r}, a control token of this model; reword it")
     for part in parts:
         if found := control.search(part):
             raise ContextError(f"{owner} holds {found[0]!r}, a control token of this model: {_short(part)}")
@@ -260,9 +256,7 @@ def _equal_tail(tokenizer: Any, one: list[int], other: list[int], tail: str) -> 
     equal = _common_suffix(one, other)
     wanted = list(tokenizer.encode(tail, add_special_tokens=False))
     spelled, needed = ("".join(tokenizer.decode(ids).split()) for ids in (one[len(one) - equal :], wanted))
-    return (
-        equal if spelled.endswith(needed) else 0
-    )  # without spaces: decoding drops or adds some at the edges
+    return equal if spelled.endswith(needed) else 0  # without spaces: decoding drops or adds some at the edges
 
 
 def _common_suffix(one: list[int], other: list[int]) -> int:

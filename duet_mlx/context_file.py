@@ -40,9 +40,7 @@ def read_contexts(source: str | Path, topic: str | None) -> list[Parts]:
     _known_keys(content, ("contexts", "topic"), f"{path} beside contexts:")
     entries = content["contexts"]
     if not isinstance(entries, list) or not entries:
-        raise ContextError(
-            f"{path}: contexts: must be a list with at least one entry, found {_kind(entries)}"
-        )
+        raise ContextError(f"{path}: contexts: must be a list with at least one entry, found {_kind(entries)}")
     topic = topic or _topic(content, str(path))
     contexts: list[Parts] = []
     for number, entry in enumerate(entries, 1):
@@ -80,18 +78,14 @@ def _context(entry: dict[Any, Any], default_name: str, topic: str | None, place:
 
 def _ready(use: str, name: str, topic: str | None, place: str) -> Parts:
     if use not in READY:
-        raise ContextError(
-            f'{place}: no ready context "{use}"{nearest(use, READY)}; there are {", ".join(READY)}'
-        )
+        raise ContextError(f'{place}: no ready context "{use}"{nearest(use, READY)}; there are {", ".join(READY)}')
     entry = _yaml(Path(__file__).parent / "contexts" / f"{use}.yaml")
     return _context(entry | {"name": name}, name, topic, place)
 
 
 def _turns(turns: Any, place: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(turns, list):
-        raise ContextError(
-            f"{place}: turns: must be a list of {{user: …, assistant: …}}, found {_kind(turns)}"
-        )
+        raise ContextError(f"{place}: turns: must be a list of {{user: …, assistant: …}}, found {_kind(turns)}")
     pairs: list[tuple[str, str]] = []
     asked = ""  # text of a {role: user} message that waits for its answer
     for number, turn in enumerate(turns, 1):
@@ -103,9 +97,7 @@ def _turns(turns: Any, place: str) -> tuple[tuple[str, str], ...]:
             role, content = (_text(turn.get(key), key, here) for key in ("role", "content"))
             expected = "assistant" if asked else "user"
             if role != expected:
-                raise ContextError(
-                    f'{here}: role "{role}" where "{expected}" was due; system text goes under system:'
-                )
+                raise ContextError(f'{here}: role "{role}" where "{expected}" was due; system text goes under system:')
             if asked:
                 pairs.append((asked, content))
             asked = content if role == "user" else ""
@@ -115,9 +107,7 @@ def _turns(turns: Any, place: str) -> tuple[tuple[str, str], ...]:
         _known_keys(turn, ("user", "assistant"), here)
         pairs.append((_text(turn.get("user"), "user", here), _text(turn.get("assistant"), "assistant", here)))
     if asked:
-        raise ContextError(
-            f"{place}: the last user message has no answer; the question itself comes after the turns"
-        )
+        raise ContextError(f"{place}: the last user message has no answer; the question itself comes after the turns")
     return tuple(pairs)
 
 
@@ -136,9 +126,7 @@ def _fill(text: str, topic: str | None, place: str) -> str:
 def _known_keys(entry: dict[Any, Any], known: tuple[str, ...], place: str) -> None:
     for key in entry:
         if key not in known:
-            raise ContextError(
-                f'{place}: unknown key "{key}"{nearest(str(key), known)}; known: {", ".join(known)}'
-            )
+            raise ContextError(f'{place}: unknown key "{key}"{nearest(str(key), known)}; known: {", ".join(known)}')
 
 
 def _text(value: Any, key: str, place: str, blank: bool = False) -> str:
@@ -164,9 +152,7 @@ class _Loader(yaml.SafeLoader):
         seen: list[Any] = []
         for key, _ in node.value:
             if key.value in seen and key.value != "<<":
-                raise yaml.MarkedYAMLError(
-                    problem=f'key "{key.value}" stands twice', problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f'key "{key.value}" stands twice', problem_mark=key.start_mark)
             seen.append(key.value)
         return super().construct_mapping(node, deep)
 
@@ -176,9 +162,7 @@ def _yaml(path: Path) -> Any:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         close = nearest(str(path), READY)
-        raise ContextError(
-            f"{path}: no such file, nor a ready context{close} ({', '.join(READY)})"
-        ) from error
+        raise ContextError(f"{path}: no such file, nor a ready context{close} ({', '.join(READY)})") from error
     except IsADirectoryError as error:
         raise ContextError(f"{path}: is a folder; name the YAML file itself") from error
     except OSError as error:

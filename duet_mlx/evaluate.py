@@ -50,9 +50,7 @@ class EvaluateSettings:
     context_name: str | None = setting(None, "the one context of --context to put before every question")
     system: str = setting("", "your own system prompt, in every column")
     reverse_prompts: str | None = setting(None, "text file: each line is put before every forget question")
-    reverse_questions: int = setting(
-        0, "ask only so many forget questions, evenly spread, behind each (0: all)"
-    )
+    reverse_questions: int = setting(0, "ask only so many forget questions, evenly spread, behind each (0: all)")
     # As long as KnowMem's (METHOD.md): room for a sentence, and the figures stay comparable.
     max_tokens: int = setting(32, "most new tokens of an answer")
     batch_size: int = setting(64, "questions decoded together: changes speed and memory alone")
@@ -177,9 +175,7 @@ def _contexts(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:
 # --- what the models say ------------------------------------------------------------------------------------
 
 
-def _columns(
-    settings: EvaluateSettings, asked: list[Asked], contexts: list[Context]
-) -> tuple[dict[str, Column], str]:
+def _columns(settings: EvaluateSettings, asked: list[Asked], contexts: list[Context]) -> tuple[dict[str, Column], str]:
     """Each column, and the hash of the base, whose weights serve all of them: the adapter goes on last."""
     from .context import render
     from .model import apply_adapter, load_model, weights_hash
@@ -198,9 +194,7 @@ def _columns(
     if contexts:
         named = settings.context_name is None
         chosen = [context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked]
-        columns[IN_CONTEXT] = column(
-            IN_CONTEXT, model, tokenizer, asked, prompts(chosen), chosen, base, settings
-        )
+        columns[IN_CONTEXT] = column(IN_CONTEXT, model, tokenizer, asked, prompts(chosen), chosen, base, settings)
     if settings.adapter_path is not None:
         _same_model(apply_adapter(model, settings.adapter_path), base_hash, folder, settings)
         columns[UNLEARNED] = column(UNLEARNED, model, tokenizer, asked, plain, no_context, base, settings)
@@ -267,9 +261,7 @@ def column(
     return Column([answer.strip() for answer in answers], ids, probabilities)
 
 
-def _alike(
-    asked: Sequence[Asked], contexts: Sequence[Context | None], rows: Iterable[int]
-) -> list[list[int]]:
+def _alike(asked: Sequence[Asked], contexts: Sequence[Context | None], rows: Iterable[int]) -> list[list[int]]:
     """Rows that begin alike, by context and reverse prompt: what they share is then encoded once."""
     parts: dict[tuple[Context | None, str], list[int]] = {}
     for row in rows:

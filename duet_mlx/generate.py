@@ -26,7 +26,7 @@ def can_branch(model: nn.Module) -> bool:
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of what all prompts begin with, leaving at least one token to each."""
-    first, last = min(prompts), max(prompts)
+    first, last = min(map(list, prompts)), max(map(list, prompts))
     length = 0
     while length < min(len(first), len(last)) and first[length] == last[length]:
         length += 1
@@ -46,6 +46,10 @@ class RaggedCache(ConcatenateKVCache):
     mlx-lm's batch cache rolls every row to the right edge after the prefill, which on CPU costs as much as the
     prefill. Here the padding stays where it is, between a row's suffix and its new tokens, behind a mask.
     """
+
+    keys: mx.array
+    values: mx.array
+    offset: int | mx.array
 
     def update_and_fetch(self, keys: mx.array, values: mx.array):
         offset = self.offset + keys.shape[2]  # the upstream one counts padding too
@@ -67,6 +71,7 @@ class RaggedCache(ConcatenateKVCache):
 
     def keep(self, rows: mx.array) -> None:
         """Drop all rows but these."""
+        assert not isinstance(self.offset, int), "settle comes first"
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.offset, self.visible = self.offset[rows], self.visible[rows]
 

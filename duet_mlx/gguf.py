@@ -70,9 +70,7 @@ def convert_gguf(path: Path, widen: bool) -> Path:
                 return folder
         except (OSError, ValueError, KeyError):
             pass
-        raise ModelError(
-            f"{folder}: exists but was not converted from this {path.name}; move it away and run again"
-        )
+        raise ModelError(f"{folder}: exists but was not converted from this {path.name}; move it away and run again")
     config, weights, tokenizer, tokenizer_config = read_gguf(path, widen)
     config["gguf_sha256"] = digest
     try:

@@ -128,4 +128,3 @@ def check_head(model: nn.Module, tokens: mx.array) -> tuple[nn.Module | None, st
     bound = 8 * epsilon * max(1.0, mx.abs(full).max().item())
     worst = max(mx.abs(got - expected).max().item(), mx.abs(every - full).max().item())
     return (head, "") if worst <= bound else (None, f"gathered and full head differ by {worst:.3g}")
-

@@ -67,9 +67,7 @@ METRICS = (
         "share of refusals (REFUSAL_PATTERNS) among the questions that the base, asked in the same words, "
         "does not refuse; 0 for the base by definition",
     ),
-    Metric(
-        "refused_all", "refused, of all questions", "higher", "lower", "share of refusals among all questions"
-    ),
+    Metric("refused_all", "refused, of all questions", "higher", "lower", "share of refusals among all questions"),
     Metric(
         "broken",
         "broken",

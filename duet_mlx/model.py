@@ -18,7 +18,16 @@ from .errors import ModelError
 from .gguf import convert_gguf
 
 # Files of a hub repository that a model needs (mlx-lm's own list); never its pickles.
-HUB_FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+HUB_FILES = [
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
 # A mixture's router decides which expert speaks: adapting it changes every token, so it is left alone.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 

@@ -49,8 +49,7 @@ def score(asked: Sequence[Asked], column: Column, base: Column) -> list[Scores]:
         for i, value in zip(rows, values, strict=True):
             floor[i] = value
     return [
-        _score_one(a, column, base, i, targets[i], words[i]) | {"recall_floor": floor[i]}
-        for i, a in enumerate(asked)
+        _score_one(a, column, base, i, targets[i], words[i]) | {"recall_floor": floor[i]} for i, a in enumerate(asked)
     ]
 
 

@@ -37,15 +37,19 @@ def parse(
     """
     parser = argparse.ArgumentParser(prog=prog, description=description.splitlines()[0])
     parser.add_argument("-c", "--config", metavar="YAML", help="file with any of these settings, by the same names")
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type,unused-ignore]
     kinds = typing.get_type_hints(cls)
     for name, spec in known.items():
-        default = spec.default if spec.default is not MISSING else spec.default_factory()  # type: ignore[misc]
+        default = spec.default if spec.default is not MISSING else spec.default_factory()  # type: ignore[operator]
         if isinstance(default, dict):
             continue
         flag, text = "--" + name.replace("_", "-"), spec.metadata["help"]
         text += "" if default in (None, (), False) else f" (default: {default})"
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        options: dict[str, Any] = {
+            "dest": name,
+            "default": argparse.SUPPRESS,
+            "help": text.replace("%", "%%"),
+        }
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif isinstance(default, tuple):

@@ -1,6 +1,6 @@
 """The teacher is read once, before training: top-K raw logits along its own greedy continuation.
 
-    python -m duet_mlx.teacher -c config.yaml     # builds the targets, prints teacher and base side by side
+python -m duet_mlx.teacher -c config.yaml     # builds the targets, prints teacher and base side by side
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def topk(logits, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def new_candidates(teacher_ids: np.ndarray, base_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The base's ids that the teacher lacks, ascending: [..., K] twice -> ids padded with 0 and their mask, [..., K]."""
+    """The base's ids [..., K] that the teacher lacks, ascending, padded with id 0, and their mask [..., K]."""
     ids = np.zeros_like(base_ids)
     mask = np.zeros(base_ids.shape, dtype=bool)
     for place in np.ndindex(base_ids.shape[:-1]):
@@ -295,7 +295,9 @@ def main() -> None:
     from .generate import greedy, stop_ids
 
     tokenizer, stop = prepared.tokenizer, stop_ids(prepared.tokenizer)
-    shown = [q for role in ("forget", "retain", "neighbour") for q in [p for p in prepared.queries if p.role == role][:8]]
+    shown = [
+        q for role in ("forget", "retain", "neighbour") for q in [p for p in prepared.queries if p.role == role][:8]
+    ]
     columns = []
     for retain in (settings.retain_context, None):
         prompts = [

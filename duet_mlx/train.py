@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import BLAS, __version__
+from . import BLAS
+from .checkpoint import Checkpoint, adapter_config, folder_for_adapter, write_text
 from .context import Context, load_contexts, render
-from .data import Query, check_disjoint, file_hash, load_queries
-from .errors import ConfigError, DataError, TrainingError, nearest, run_cli
+from .data import Query, check_disjoint, load_queries
+from .errors import ConfigError, TrainingError, nearest, run_cli
 from .settings import parse, require, setting
+from .stream import Stream
 from .teacher import Targets, check_lengths, saved_or_built
 
 if TYPE_CHECKING:
-    import mlx.core as mx
     import mlx.nn as nn
 
 # What the paper fixes; everything else of it is ours (METHOD.md): one position, the teacher's candidates, raw logits,
@@ -37,7 +36,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"positions": 1, "candidates": "teacher", "retain_context": "teacher", "center": False},
 }
-WIDTHS = 4  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,9 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
     lora = {**TrainSettings().lora_parameters, **settings.lora_parameters}
     for key in settings.lora_parameters:
         if key not in TrainSettings().lora_parameters:
-            raise ConfigError(f"lora_parameters: unknown key {key!r}{nearest(key, list(TrainSettings().lora_parameters))}")
+            raise ConfigError(
+                f"lora_parameters: unknown key {key!r}{nearest(key, list(TrainSettings().lora_parameters))}"
+            )
     if not isinstance(lora["rank"], int) or lora["rank"] < 1:
         raise ConfigError(f"lora_parameters rank: expected a whole number of 1 or more, found {lora['rank']!r}")
     settings = replace(settings, lora_parameters=lora)
@@ -172,82 +172,6 @@ def prepare(settings: TrainSettings) -> Prepared:
     return Prepared(model, tokenizer, folder, head, contexts, queries, targets, described, valid, valid_targets)
 
 
-def folder_for_adapter(settings: TrainSettings) -> Path:
-    """The adapter folder, made if need be. Raises ConfigError if it holds an adapter and nothing allows its loss."""
-    path = Path(settings.adapter_path)
-    resumed = settings.resume_adapter_file and Path(settings.resume_adapter_file).resolve().parent == path.resolve()
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--adapter-path {path}: is a file, expected a folder")
-    foreign = [] if not path.is_dir() else sorted(
-        entry.name for entry in path.iterdir() if not entry.name.endswith("targets.safetensors")
-    )
-    if foreign and not settings.overwrite and not resumed:
-        raise ConfigError(
-            f"--adapter-path {path}: not empty (holds {foreign[0]}); choose another folder, pass --overwrite to "
-            f"replace it, or go on from it with --resume-adapter-file {path / 'adapters.safetensors'}"
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-class Stream:
-    """Batches of the training queries, the same for the same seed, with nothing computed twice."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]], targets: Targets, prefix: int):
-        self.targets = targets
-        self.suffixes = [list(prompt[prefix:]) for prompt in prompts]
-        supervised = targets.position_mask.sum(axis=1)
-        # The student reads its question and, up to the last supervised position, the teacher's words.
-        self.sequences = [
-            [*suffix, *row[: count - 1].tolist()]
-            for suffix, row, count in zip(self.suffixes, targets.continuation, supervised, strict=True)
-        ]
-        self.lengths = np.array([len(s) for s in self.sequences])
-
-    def batch(self, rows: np.ndarray):
-        """The batch of these query indices, padded to a multiple of WIDTHS."""
-        import mlx.core as mx
-
-        from .generate import pad
-        from .losses import Batch
-
-        longest = int(self.lengths[rows].max())
-        start = np.array([len(self.suffixes[row]) - 1 for row in rows])
-        n = self.targets.position_mask.shape[1]
-        positions = np.minimum(start[:, None] + np.arange(n), self.lengths[rows][:, None] - 1)
-        t = self.targets
-        return Batch(
-            pad([self.sequences[row] for row in rows], -(-longest // WIDTHS) * WIDTHS),
-            mx.array(positions.astype(np.int32)),
-            *(mx.array(a[rows]) for a in (t.ids, t.logits, t.candidate_mask, t.position_mask)),
-        )
-
-    def schedule(self, forget: np.ndarray, kept: np.ndarray, settings: TrainSettings) -> list[np.ndarray]:
-        """Query indices of every step: both roles in epochs of their own, batches of like length.
-
-        Draws of `window` steps are sorted by length before they are cut, and the batches shuffled again: padding
-        stays low, and every query still comes once an epoch.
-        """
-        random = np.random.default_rng(settings.seed)
-        f, r = settings.forget_per_batch, settings.batch_size - settings.forget_per_batch
-        draws = [_epochs(random, role) for role in (forget, kept)]
-        steps: list[np.ndarray] = []
-        window = 16
-        while len(steps) < settings.iters:
-            parts = []
-            for draw, each in zip(draws, (f, r), strict=True):
-                if each:
-                    rows = np.array([next(draw) for _ in range(window * each)])
-                    parts.append(rows[np.argsort(self.lengths[rows], kind="stable")].reshape(window, each))
-            steps += list(random.permutation(np.concatenate(parts, axis=1)))
-        return steps[: settings.iters]
-
-
-def _epochs(random: np.random.Generator, rows: np.ndarray) -> Iterator[int]:
-    while True:
-        yield from random.permutation(rows)
-
-
 def duet_loss(model: nn.Module, batch, prefix: list[int], head, delta: float, center: bool):
     """A method as a function of a batch: (sum of the query losses, number of queries).
 
@@ -313,75 +237,6 @@ def make_step(model: nn.Module, optimizer, loss, settings: TrainSettings, compil
         return step
     state = [model.state, optimizer.state, mx.random.state]
     return partial(mx.compile, inputs=state, outputs=state)(step)
-
-
-class Checkpoint:
-    """Saving and resuming: mlx-lm's two files, and beside them the optimizer and the step."""
-
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self.path, self.config = path, config
-
-    def save(self, model, optimizer, step: int, copy: bool = False) -> None:
-        """Write the adapter whole or not at all; `copy` keeps a numbered one too, as mlx-lm does."""
-        from mlx.utils import tree_flatten
-
-        from .model import adapter_parameters
-
-        weights = adapter_parameters(model)
-        _write(self.path / "adapters.safetensors", weights)
-        if copy:
-            _write(self.path / f"{step:07d}_adapters.safetensors", weights)
-        _write(self.path / "optimizer.safetensors", dict(tree_flatten(optimizer.state)), {"step": str(step)})
-        write_text(self.path / "adapter_config.json", json.dumps({**self.config, "step": step}, indent=2) + "\n")
-
-    def resume(self, model, optimizer, file: str) -> int:
-        """Load adapter, optimizer and step from beside `file`; the step to go on from.
-
-        Raises:
-            ConfigError: files missing, or of another LoRA.
-        """
-        import mlx.core as mx
-        from mlx.utils import tree_unflatten
-
-        from .model import adapter_parameters
-
-        try:
-            weights = mx.load(file)
-            state, meta = mx.load(str(Path(file).with_name("optimizer.safetensors")), return_metadata=True)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"--resume-adapter-file {file}: cannot be read ({error})") from error
-        mine = adapter_parameters(model)
-        odd = sorted(
-            name for name in mine.keys() | weights.keys()
-            if name not in mine or name not in weights or mine[name].shape != weights[name].shape
-        )  # fmt: skip
-        if odd:
-            raise ConfigError(f"--resume-adapter-file {file}: {odd[0]} does not fit this model and LoRA")
-        model.load_weights(list(weights.items()), strict=False)
-        optimizer.state = tree_unflatten(list(state.items()))
-        return int(meta["step"])
-
-
-def _write(path: Path, arrays: dict, metadata: dict[str, str] | None = None) -> None:
-    import mlx.core as mx
-
-    partial = path.with_name(f".{path.stem}.partial.safetensors")
-    try:
-        mx.save_safetensors(str(partial), arrays, metadata or {})
-        os.replace(partial, path)
-    except (RuntimeError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise TrainingError(f"{path}: cannot be written ({error}); what was there before is untouched") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def train(settings: TrainSettings, prepared: Prepared) -> Path:
@@ -507,7 +362,8 @@ def report(it: int, losses: list[float], norm: float, rate: float, batch, tokens
         "peak_memory_gb": mx.get_peak_memory() / 1e9,
     }
     bar.set_postfix_str(
-        f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, {row['peak_memory_gb']:.2f} GB", refresh=False
+        f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, {row['peak_memory_gb']:.2f} GB",
+        refresh=False,
     )
     return row
 
@@ -529,7 +385,12 @@ def validate(model: nn.Module, prepared: Prepared, settings: TrainSettings, pref
             total = 0.0
             for start in range(0, len(rows), 16):
                 value, _ = duet_loss(
-                    model, stream.batch(rows[start : start + 16]), prefix, prepared.head, settings.delta, settings.center
+                    model,
+                    stream.batch(rows[start : start + 16]),
+                    prefix,
+                    prepared.head,
+                    settings.delta,
+                    settings.center,
                 )
                 total += value.item()
             if len(rows):
@@ -544,29 +405,6 @@ def validate(model: nn.Module, prepared: Prepared, settings: TrainSettings, pref
         bar.write(f"  [{query.role}] {query.question} -> {tokenizer.decode(answer).strip()!r}")
     mx.clear_cache()
     model.train()
-
-
-def adapter_config(settings: TrainSettings, prepared: Prepared, keys: list[str], layers: int) -> dict[str, Any]:
-    """What mlx-lm reads of an adapter, and beside it everything that made it."""
-    import mlx.core as mx
-    import mlx_lm
-
-    files = [*settings.forget, *settings.retain, *settings.neighbours]
-    return {
-        "fine_tune_type": "lora",
-        "model": str(prepared.folder),
-        "num_layers": layers,
-        "lora_parameters": {**settings.lora_parameters, "keys": keys},
-        "settings": asdict(settings),
-        "data_hashes": {file: file_hash(file) for file in files},
-        "targets": prepared.manifest,
-        "versions": {
-            "duet_mlx": __version__,
-            "mlx": mx.__version__,
-            "mlx_lm": mlx_lm.__version__,
-            "python": sys.version.split()[0],
-        },
-    }
 
 
 def main() -> None:

@@ -1,0 +1,73 @@
+"""Batches of training queries: the same for the same seed, little padding, few shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .teacher import Targets
+
+if TYPE_CHECKING:
+    from .train import TrainSettings
+
+WIDTHS = 4  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
+
+
+class Stream:
+    """Batches of the training queries, the same for the same seed, with nothing computed twice."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], targets: Targets, prefix: int):
+        self.targets = targets
+        self.suffixes = [list(prompt[prefix:]) for prompt in prompts]
+        supervised = targets.position_mask.sum(axis=1)
+        # The student reads its question and, up to the last supervised position, the teacher's words.
+        self.sequences = [
+            [*suffix, *row[: count - 1].tolist()]
+            for suffix, row, count in zip(self.suffixes, targets.continuation, supervised, strict=True)
+        ]
+        self.lengths = np.array([len(s) for s in self.sequences])
+
+    def batch(self, rows: np.ndarray):
+        """The batch of these query indices, padded to a multiple of WIDTHS."""
+        import mlx.core as mx
+
+        from .generate import pad
+        from .losses import Batch
+
+        longest = int(self.lengths[rows].max())
+        start = np.array([len(self.suffixes[row]) - 1 for row in rows])
+        n = self.targets.position_mask.shape[1]
+        positions = np.minimum(start[:, None] + np.arange(n), self.lengths[rows][:, None] - 1)
+        t = self.targets
+        return Batch(
+            pad([self.sequences[row] for row in rows], -(-longest // WIDTHS) * WIDTHS),
+            mx.array(positions.astype(np.int32)),
+            *(mx.array(a[rows]) for a in (t.ids, t.logits, t.candidate_mask, t.position_mask)),
+        )
+
+    def schedule(self, forget: np.ndarray, kept: np.ndarray, settings: TrainSettings) -> list[np.ndarray]:
+        """Query indices of every step: both roles in epochs of their own, batches of like length.
+
+        Draws of `window` steps are sorted by length before they are cut, and the batches shuffled again: padding
+        stays low, and every query still comes once an epoch.
+        """
+        random = np.random.default_rng(settings.seed)
+        f, r = settings.forget_per_batch, settings.batch_size - settings.forget_per_batch
+        draws = [_epochs(random, role) for role in (forget, kept)]
+        steps: list[np.ndarray] = []
+        window = 16
+        while len(steps) < settings.iters:
+            parts = []
+            for draw, each in zip(draws, (f, r), strict=True):
+                if each:
+                    rows = np.array([next(draw) for _ in range(window * each)])
+                    parts.append(rows[np.argsort(self.lengths[rows], kind="stable")].reshape(window, each))
+            steps += list(random.permutation(np.concatenate(parts, axis=1)))
+        return steps[: settings.iters]
+
+
+def _epochs(random: np.random.Generator, rows: np.ndarray) -> Iterator[int]:
+    while True:
+        yield from random.permutation(rows)
