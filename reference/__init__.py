@@ -9,7 +9,8 @@ Legend of dimensions. Docstrings and shape comments, here and in `duet_mlx`, use
     n  supervised positions             D  model width
     H  heads                            R  LoRA rank
 
-A subscript tells two sizes of one kind apart: a linear layer maps D_in to D_out.
+A subscript tells two sizes of one kind apart: a linear layer maps D_in to D_out, D_h is the width of one
+head, H_kv the number of heads that have keys and values of their own.
 
 Order of reading: context, teacher, losses (the objective), lora, adam, then duet (all of it on one screen);
 transformer and quantize for what stands below the logits; baselines and metrics for what DUET is compared by.

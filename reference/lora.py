@@ -28,6 +28,19 @@ def init(rng: np.random.Generator, d_in: int, d_out: int, rank: int, scale: floa
     return LoRA(rng.uniform(-bound, bound, (d_in, rank)), np.zeros((rank, d_out)), scale)
 
 
+def parameters(adapters: dict[str, LoRA]) -> dict[str, Array]:
+    """All trained arrays by mlx-lm's names: `<layer>.lora_a` and `<layer>.lora_b`."""
+    return {f"{name}.lora_{k}": getattr(lora, k) for name, lora in adapters.items() for k in ("a", "b")}
+
+
+def updated(adapters: dict[str, LoRA], arrays: dict[str, Array]) -> dict[str, LoRA]:
+    """The same adapters with these arrays, named as by `parameters`."""
+    return {
+        name: LoRA(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], lora.scale)
+        for name, lora in adapters.items()
+    }
+
+
 def forward(x: Array, weight: Array, lora: LoRA | None = None) -> Array:
     """y = x Wᵀ + s (x a) b, [..., D_in] -> [..., D_out]; without LoRA, x Wᵀ. weight: [D_out, D_in]."""
     y = x @ weight.T  # [..., D_in] -> [..., D_out]

@@ -7,7 +7,7 @@ computes in the weights' own dtype and not in float64.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,16 @@ Array = NDArray[Any]
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+
+
+class Packed(NamedTuple):
+    """A quantized weight [..., D] as MLX stores it."""
+
+    words: Array  # [..., D·bits/32] uint32
+    scales: Array  # [..., D/group_size]
+    biases: Array  # [..., D/group_size]
+    group_size: int
+    bits: int
 
 
 def pack(codes: Array, bits: int) -> Array:

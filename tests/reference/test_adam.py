@@ -39,9 +39,7 @@ def test_the_means_are_weighted_sums_of_all_gradients_so_far(seed, steps) -> Non
     age = np.arange(steps)[::-1, None]
     first = (0.9**age * gradients).sum(axis=0) / (0.9**age).sum()
     second = (0.999**age * gradients**2).sum(axis=0) / (0.999**age).sum()
-    np.testing.assert_allclose(
-        before["w"] - parameters["w"], 0.1 * first / (np.sqrt(second) + 1e-8), rtol=1e-9
-    )
+    np.testing.assert_allclose(before["w"] - parameters["w"], 0.1 * first / (np.sqrt(second) + 1e-8), rtol=1e-9)
     assert state.step == steps
 
 
@@ -56,9 +54,8 @@ def test_parameters_and_state_that_come_in_are_not_changed() -> None:
 def test_mlxs_adam_with_bias_correction_takes_the_same_steps(seed) -> None:
     """Contract with mlx/optimizers/optimizers.py, Adam: its corrections are float32 in any dtype.
 
-    1 - β₂ᵗ ≥ 1/1000 is the difference of numbers near 1, so what float32 rounds off them (half of 2⁻²⁴ for β₂, its
-    power and the difference each, less under the root) grows 1000 times: below 3000 · 2⁻²⁴ of a step, and a
-    step is about the learning rate.
+    1 - β₂ᵗ ≥ 1/1000 is the difference of numbers near 1, so what float32 rounds off them (2⁻²⁴ each for β₂,
+    its power and the difference) grows 1000 times: below 3000 · 2⁻²⁴ of a step, about the learning rate.
     """
     rng = np.random.default_rng(seed)
     parameters = {"a": rng.normal(size=(2, 3)), "b": rng.normal(size=4)}
@@ -69,9 +66,7 @@ def test_mlxs_adam_with_bias_correction_takes_the_same_steps(seed) -> None:
         for _ in range(3):
             gradients = {k: rng.normal(size=v.shape) for k, v in parameters.items()}
             parameters, state = ref.step(parameters, gradients, state, 2.0**-7)
-            theirs = optimizer.apply_gradients(
-                {k: mx.array(g, dtype=mx.float64) for k, g in gradients.items()}, theirs
-            )
+            theirs = optimizer.apply_gradients({k: mx.array(g, dtype=mx.float64) for k, g in gradients.items()}, theirs)
             mx.eval(theirs, optimizer.state)
     for name, value in parameters.items():
         np.testing.assert_allclose(np.array(theirs[name]), value, rtol=0, atol=3 * 2.0**-7 * 3000 * 2.0**-24)
