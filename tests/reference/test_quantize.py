@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from reference import quantize as ref
 
-all_kinds = pytest.mark.parametrize(
-    ("bits", "group_size"), [(b, g) for b in ref.BITS for g in ref.GROUP_SIZES]
-)
+all_kinds = pytest.mark.parametrize(("bits", "group_size"), [(b, g) for b in ref.BITS for g in ref.GROUP_SIZES])
 seeds = st.integers(0, 2**32)
 
 
@@ -36,9 +34,7 @@ def from_mlx(weight: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray
 @given(seed=seeds)
 def test_quantize_gives_mlxs_words_scales_and_biases(bits, group_size, dtype, seed) -> None:
     weight = draw_weight(seed, dtype)
-    for ours, theirs in zip(
-        ref.quantize(weight, group_size, bits), from_mlx(weight, group_size, bits), strict=True
-    ):
+    for ours, theirs in zip(ref.quantize(weight, group_size, bits), from_mlx(weight, group_size, bits), strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         np.testing.assert_array_equal(ours, theirs)
 
