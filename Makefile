@@ -68,7 +68,7 @@ demo: install model ## environment, model, unlearning, evaluation: prints the ta
 	@$(PY) -m duet_mlx.report $(OUT)/results.json
 
 demo-paper: install model ## the same with the paper's recipe, into out/paper/; `make demo` then shows it beside ours
-	$(train) --recipe paper --adapter-path $(OUT)/paper/adapters
+	$(train) --recipe paper --context specific --topic "Harry Potter" --adapter-path $(OUT)/paper/adapters
 	@$(MAKE) --no-print-directory $(OUT)/paper/results.json
 	@$(PY) -m duet_mlx.report $(OUT)/paper/results.json
 
