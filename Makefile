@@ -58,6 +58,8 @@ model: $(MODEL) ## fetch the demo's model
 train    = $(PY) $(EXAMPLE)/train_once.py -c $(EXAMPLE)/config.yaml
 evaluate = $(PY) -m duet_mlx.evaluate -c $(EXAMPLE)/evaluate.yaml --adapter-path $(@D)/adapters --out $(@D) --overwrite
 
+# The paper's teacher reads a context that names the topic, ours one that refuses everything (config.yaml says why).
+paper_context = --context specific --topic "Harry Potter"
 # The row of the paper's recipe: as trained here, or else the figures that the repository keeps.
 PAPER    := $(firstword $(wildcard $(OUT)/paper/results.json $(EXAMPLE)/paper_results.json))
 MEASURED := $(HELD_OUT) $(EXAMPLE)/evaluate.yaml $(addprefix duet_mlx/,evaluate.py metrics.py scores.py)
@@ -68,14 +70,14 @@ demo: install model ## environment, model, unlearning, evaluation: prints the ta
 	@$(PY) -m duet_mlx.report $(OUT)/results.json
 
 demo-paper: install model ## the same with the paper's recipe, into out/paper/; `make demo` then shows it beside ours
-	$(train) --recipe paper --context specific --topic "Harry Potter" --adapter-path $(OUT)/paper/adapters
+	$(train) --recipe paper $(paper_context) --adapter-path $(OUT)/paper/adapters
 	@$(MAKE) --no-print-directory $(OUT)/paper/results.json
 	@$(PY) -m duet_mlx.report $(OUT)/paper/results.json
 
 $(OUT)/results.json: $(OUT)/adapters/adapters.safetensors $(MEASURED) $(PAPER)
 	$(evaluate) $(if $(PAPER),--beside paper=$(PAPER)) > /dev/null
 $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED)
-	$(evaluate) > /dev/null
+	$(evaluate) $(paper_context) > /dev/null
 
 # ---- development ----
 
