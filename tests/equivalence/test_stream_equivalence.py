@@ -1,0 +1,90 @@
+"""Batches of training queries, backend against reference: tokens, supervised positions, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from duet_mlx import generate
+from duet_mlx.stream import WIDTHS, Stream
+from duet_mlx.teacher import Targets
+from duet_mlx.train import TrainSettings
+from reference import context as ref
+
+
+@st.composite
+def supervised_queries(draw: Any) -> tuple[list[list[int]], list[list[int]], int, Targets]:
+    """Prompts with a common start, continuations of 0 to n-1 tokens, n, and targets [N, n, C] that go with them."""
+    tokens = st.integers(1, 9)
+    start = draw(st.lists(tokens, max_size=3))
+    count, n, width = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    prompts = [start + draw(st.lists(tokens, min_size=1, max_size=9)) for _ in range(count)]
+    words = [draw(st.lists(tokens, max_size=n - 1)) for _ in range(count)]
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    position_mask = ref.supervise(prompts, words, n)[2]
+    targets = Targets(
+        rng.integers(0, 9, size=(count, n, width)),
+        rng.normal(size=(count, n, width)).astype(np.float32),
+        rng.random((count, n, width)) < 0.8,
+        position_mask,
+        ref.pad(words, n - 1),
+    )
+    return prompts, words, n, targets
+
+
+@given(case=supervised_queries(), data=st.data())
+def test_tokens_and_positions_of_a_batch_are_the_references(case: Any, data: Any) -> None:
+    prompts, words, n, targets = case
+    prefix = data.draw(st.integers(0, generate.common_prefix(prompts)), label="prefix")
+    rows = np.array(data.draw(st.lists(st.integers(0, len(prompts) - 1), min_size=1, max_size=6), label="rows"))
+    batch = Stream(prompts, targets, prefix).batch(rows)
+    suffixes = [prompts[row][prefix:] for row in rows]
+    tokens, positions, position_mask = ref.supervise(suffixes, [words[row] for row in rows], n)
+    got = np.array(batch.tokens)
+    assert got.shape[1] % WIDTHS == 0 and got.shape[1] < tokens.shape[1] + WIDTHS
+    np.testing.assert_array_equal(got[:, : tokens.shape[1]], tokens)
+    assert not got[:, tokens.shape[1] :].any()
+    np.testing.assert_array_equal(np.array(batch.positions), positions)
+    np.testing.assert_array_equal(np.array(batch.position_mask), position_mask)
+    for name in ("ids", "logits", "candidate_mask"):
+        np.testing.assert_array_equal(np.array(getattr(batch, name)), getattr(targets, name)[rows], err_msg=name)
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5), more=st.integers(0, 3))
+def test_padding_is_the_references(rows: list[list[int]], more: int) -> None:
+    width = max(map(len, rows)) + more
+    np.testing.assert_array_equal(np.array(generate.pad(rows, width)), ref.pad(rows, width))
+    np.testing.assert_array_equal(np.array(generate.pad(rows)), ref.pad(rows))
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_the_common_prefix_is_the_references_less_a_token_that_each_must_keep(rows: list[list[int]]) -> None:
+    assert generate.common_prefix(rows) == min(ref.shared_prefix(rows), min(map(len, rows)) - 1)
+
+
+@given(
+    forget=st.integers(1, 12), kept=st.integers(1, 12), size=st.integers(2, 6), data=st.data(), seed=st.integers(0, 9)
+)
+def test_every_query_comes_once_an_epoch_and_the_same_seed_gives_the_same_batches(
+    forget: int, kept: int, size: int, data: Any, seed: int
+) -> None:
+    share = data.draw(st.integers(1, size - 1))
+    prompts = [[1] * (1 + i % 7) for i in range(forget + kept)]
+    ones = np.ones((len(prompts), 1, 1))
+    targets = Targets(ones, ones, ones > 0, ones[..., 0] > 0, np.zeros((len(prompts), 0), dtype=int))
+    stream = Stream(prompts, targets, 0)
+    roles = np.arange(forget), forget + np.arange(kept)
+    # The stream draws 16 steps at a time, so whole windows count.
+    settings = TrainSettings(iters=32, batch_size=size, forget_per_batch=share, seed=seed)
+    steps = stream.schedule(*roles, settings)
+    assert len(steps) == 32 and all(len(rows) == size for rows in steps)
+    for role, each in zip(roles, (share, size - share), strict=True):
+        drawn = np.concatenate([rows[np.isin(rows, role)] for rows in steps])
+        assert len(drawn) == 32 * each
+        times = np.bincount(drawn, minlength=len(prompts))[role]
+        assert times.max() - times.min() <= 1
+    again = stream.schedule(*roles, settings)
+    assert all((a == b).all() for a, b in zip(steps, again, strict=True))
