@@ -1,4 +1,4 @@
-"""One step of Adam: bias correction on, ε outside the root, no weight decay (METHOD.md, "Optimizer").
+"""One step of Adam, as we chose it: bias correction on, ε outside the root, no weight decay.
 
 References:
   Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015 (arXiv 1412.6980), Algorithm 1.
