@@ -70,7 +70,9 @@ def random_targets(rng: np.random.Generator, count: int, n: int, width: int, dty
 
 
 @precisions
-@given(rows=prompts, seed=seeds, n=st.integers(1, 3), width=st.integers(1, 8), tied=st.booleans(), more=st.integers(0, 9))
+@given(
+    rows=prompts, seed=seeds, n=st.integers(1, 3), width=st.integers(1, 8), tied=st.booleans(), more=st.integers(0, 9)
+)
 @fewer(2)
 def test_a_querys_loss_hangs_on_nothing_but_itself(
     dtype: Any, rows: list[list[int]], seed: int, n: int, width: int, tied: bool, more: int
@@ -84,7 +86,9 @@ def test_a_querys_loss_hangs_on_nothing_but_itself(
         head, reason = check_head(model, mx.array([[1, 2, 3]]))
         assert head is not None, reason
         plain = Stream(asked, targets, 0)
-        alone = [duet_loss(model, plain.batch(np.array([i])), [], None, 1.0, False)[0].item() for i in range(len(asked))]
+        alone = [
+            duet_loss(model, plain.batch(np.array([i])), [], None, 1.0, False)[0].item() for i in range(len(asked))
+        ]
         tolerance = width * rounding(dtype, 20)
         for prefix in {0, generate.common_prefix(asked)}:
             for chosen in (head, None):
@@ -122,7 +126,10 @@ def test_a_querys_targets_hang_on_nothing_but_itself(dtype: Any, seed: int, n: i
                 np.testing.assert_array_equal(alone.continuation[0], together.continuation[i])
             if (alone.continuation[0] == together.continuation[i]).all():
                 np.testing.assert_allclose(
-                    np.sort(alone.logits[0, :, :4]), np.sort(together.logits[i, :, :4]), rtol=0, atol=rounding(dtype, 10)
+                    np.sort(alone.logits[0, :, :4]),
+                    np.sort(together.logits[i, :, :4]),
+                    rtol=0,
+                    atol=rounding(dtype, 10),
                 )
                 np.testing.assert_array_equal(alone.position_mask[0], together.position_mask[i])
 
@@ -154,7 +161,9 @@ def test_greedy_in_batches_is_greedy_alone_and_the_references(
 
 
 @precisions
-@given(text=st.text(alphabet="abcd ?", min_size=1, max_size=8).filter(str.strip), n=st.integers(1, 3), center=st.booleans())
+@given(
+    text=st.text(alphabet="abcd ?", min_size=1, max_size=8).filter(str.strip), n=st.integers(1, 3), center=st.booleans()
+)
 @fewer(4)
 def test_an_empty_context_and_a_fresh_adapter_give_no_loss_and_no_gradient(
     dtype: Any, text: str, n: int, center: bool

@@ -25,11 +25,15 @@ seeds = st.integers(0, 2**32)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float64])
 @given(
     seed=seeds,
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.sampled_from([32, 64]), st.integers(1, 9), st.integers(1, 8)),
+    shape=st.tuples(
+        st.integers(1, 3), st.integers(1, 4), st.sampled_from([32, 64]), st.integers(1, 9), st.integers(1, 8)
+    ),
     scale=st.sampled_from([0.0, 0.5, 4.0, 20.0]),
     quantized=st.booleans(),
 )
-def test_lora_forward_and_gradients_are_the_references(dtype: Any, seed: int, shape: Any, scale: float, quantized: bool) -> None:
+def test_lora_forward_and_gradients_are_the_references(
+    dtype: Any, seed: int, shape: Any, scale: float, quantized: bool
+) -> None:
     """Bound: a product of matrices over s terms is off by at most s·u of the product of their absolute values.
 
     Forward, the chain is D_in, R, and four single roundings; backward, D_out, R, the S rows, and as many. The reference

@@ -49,7 +49,11 @@ def test_words_scales_and_biases_are_mlxs(bits: int, data: Any, group_size: int)
 
 @pytest.mark.parametrize("bits", BITS)
 @given(
-    data=st.data(), group_size=st.sampled_from(GROUP_SIZES), half=st.booleans(), tied=st.booleans(), seed=st.integers(0, 99)
+    data=st.data(),
+    group_size=st.sampled_from(GROUP_SIZES),
+    half=st.booleans(),
+    tied=st.booleans(),
+    seed=st.integers(0, 99),
 )
 def test_gathered_rows_of_a_quantized_head_are_the_references(
     bits: int, data: Any, group_size: int, half: bool, tied: bool, seed: int

@@ -53,7 +53,9 @@ def test_tokens_and_positions_of_a_batch_are_the_references(case: Any, data: Any
         np.testing.assert_array_equal(np.array(getattr(batch, name)), getattr(targets, name)[rows], err_msg=name)
 
 
-@given(rows=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5), more=st.integers(0, 3))
+@given(
+    rows=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5), more=st.integers(0, 3)
+)
 def test_padding_is_the_references(rows: list[list[int]], more: int) -> None:
     width = max(map(len, rows)) + more
     np.testing.assert_array_equal(np.array(generate.pad(rows, width)), ref.pad(rows, width))

@@ -92,7 +92,12 @@ def queries(draw: Any) -> list[Query]:
 
 
 @pytest.mark.parametrize("mode", ["teacher", "union"])
-@given(asked=queries(), n=st.integers(1, 3), k=st.sampled_from([1, 3, VOCABULARY]), retain=st.sampled_from(["teacher", "none"]))
+@given(
+    asked=queries(),
+    n=st.integers(1, 3),
+    k=st.sampled_from([1, 3, VOCABULARY]),
+    retain=st.sampled_from(["teacher", "none"]),
+)
 @fewer(2)
 def test_targets_of_a_model_are_the_references(mode: str, asked: list[Query], n: int, k: int, retain: str) -> None:
     """The backend's one batched pass against the definition, fed with the model's logits a sequence at a time."""
