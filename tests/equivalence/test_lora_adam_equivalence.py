@@ -86,9 +86,10 @@ def test_lora_forward_and_gradients_are_the_references(
 def test_adam_is_the_references_over_several_steps(seed: int, steps: int, rate: float, size: float, iters: int) -> None:
     """Bound on a step's movement, in units u = 2^-24 of the movement that absolute gradients would give.
 
-    m is a sum of t products, each with 3 roundings a step, v likewise with 4: 3t + 2t of the movement. 1 - β^t is computed
-    from a float32 β, whose rounding and power are t + 3 roundings of β^t: that is (t + 3)β^t / (1 - β^t) of it, below
-    4 / (1 - β): 40 for β₁ and, under the root, 2,000 for β₂. 16 for the rest. θ itself is rounded once a step.
+    m is a sum of t products, each with 3 roundings a step, v likewise with 4: 3t + 2t of the movement. 1 - β^t is
+    computed from a float32 β, whose rounding and power are t + 3 roundings of β^t: that is (t + 3)β^t / (1 - β^t)
+    of it, below 4 / (1 - β): 40 for β₁ and, under the root, 2,000 for β₂. 16 for the rest. θ itself is rounded
+    once a step.
     """
     rng = np.random.default_rng(seed)
     optimizer = make_optimizer(TrainSettings(learning_rate=rate, iters=iters))

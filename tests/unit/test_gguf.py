@@ -1,4 +1,4 @@
-"""GGUF files, written here by the `gguf` package itself: same bits after conversion, or an error that names the fault."""
+"""GGUF files, written here by the `gguf` package: same bits after conversion, or an error that names the fault."""
 
 from __future__ import annotations
 
