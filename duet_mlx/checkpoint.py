@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,24 @@ def folder_for_adapter(settings: TrainSettings) -> Path:
     foreign = (
         []
         if not path.is_dir()
-        else sorted(entry.name for entry in path.iterdir() if not entry.name.endswith("targets.safetensors"))
+        else sorted(
+            entry.name
+            for entry in path.iterdir()  # names with a dot in front: what Finder leaves, or a write that was cut off
+            if not entry.name.endswith("targets.safetensors") and not entry.name.startswith(".")
+        )
     )
     if foreign and not settings.overwrite and not resumed:
+        adapter = path / "adapters.safetensors"
+        resume = f", or go on from it with --resume-adapter-file {adapter}" if adapter.is_file() else ""
         raise ConfigError(
             f"--adapter-path {path}: not empty (holds {foreign[0]}); choose another folder, pass --overwrite to "
-            f"replace it, or go on from it with --resume-adapter-file {path / 'adapters.safetensors'}"
+            f"write into it{resume}"
         )
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # better known now than after the teacher was read
+    except OSError as error:
+        raise ConfigError(f"--adapter-path {path}: cannot be written to ({error.strerror})") from error
     return path
 
 
@@ -69,9 +80,16 @@ class Checkpoint:
 
         try:
             weights = mx.load(file)
+            mx.eval(weights)
             state, meta = mx.load(str(Path(file).with_name("optimizer.safetensors")), return_metadata=True)
+            mx.eval(state)
+            step = int(meta["step"])
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"--resume-adapter-file {file}: cannot be read ({error})") from error
+        except KeyError as error:
+            raise ConfigError(
+                f"--resume-adapter-file {file}: the optimizer.safetensors beside it holds no step"
+            ) from error
         mine = adapter_parameters(model)
         odd = sorted(
             name for name in mine.keys() | weights.keys()
@@ -79,9 +97,16 @@ class Checkpoint:
         )  # fmt: skip
         if odd:
             raise ConfigError(f"--resume-adapter-file {file}: {odd[0]} does not fit this model and LoRA")
+        beside = Path(file).with_name("adapter_config.json")
+        saved = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        trained_on, here = ((config.get("targets") or {}).get("model") for config in (saved, self.config))
+        # Hashes alone differ between a GPU and a CPU too (evaluate.py): other weights under another name are refused.
+        other, name = (Path(str(c.get("model"))).name.removesuffix("-fp32") for c in (saved, self.config))
+        if trained_on not in (None, here) and other != name:
+            raise ConfigError(f"--resume-adapter-file {file}: made for another model ({saved.get('model')})")
         model.load_weights(list(weights.items()), strict=False)
         optimizer.state = tree_unflatten(list(state.items()))
-        return int(meta["step"])
+        return step
 
 
 def _write(path: Path, arrays: dict, metadata: dict[str, str] | None = None) -> None:
@@ -103,6 +128,18 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path}: cannot be written ({error.strerror}); what was there before is untouched"
+        ) from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a file."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:  # a write that fails does not name its file
         raise TrainingError(f"{path}: cannot be written ({error.strerror})") from error
 
 

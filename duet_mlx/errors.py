@@ -52,12 +52,12 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
         _fail(str(error))
     except OSError as error:  # no room, no permission, …: the operating system's own words name the file
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted (Ctrl-C)")
+    except KeyboardInterrupt as stop:  # its text, if any, says what was saved and how to go on
+        _fail(f"interrupted (Ctrl-C): {stop}" if str(stop) else "interrupted (Ctrl-C)")
     sys.exit(0)
 
 
 def _fail(message: str) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

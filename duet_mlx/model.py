@@ -92,7 +92,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"--model {name}: cannot be loaded from {folder}: {error}") from error
+        raise ModelError(f"--model {name}: cannot be loaded from {folder}: {_short(error)}") from error
     if not on_gpu():
         # MLX's quantized product is a scalar loop on CPU, and half floats are slower still; the numbers are the same.
         model = widen(dequantize_model(widen(model)))
@@ -101,6 +101,13 @@ def load_model(
     if adapter_path is not None:
         apply_adapter(model, adapter_path)
     return model, tokenizer, folder
+
+
+def _short(error: Exception) -> str:
+    """Another library's words on one line, cut where they go on to list every parameter."""
+    text = " ".join(str(error).split())
+    kind = f"{type(error).__name__}: " if isinstance(error, (KeyError, AttributeError, TypeError)) else ""
+    return kind + (text if len(text) <= 300 else text[:299] + "…")
 
 
 def widen(model: nn.Module) -> nn.Module:
@@ -126,7 +133,7 @@ def apply_adapter(model: nn.Module, adapter_path: str | Path) -> dict:
         saved = set(mx.load(str(path / "adapters.safetensors")))
         load_adapters(model, str(path))
     except (ValueError, RuntimeError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"--adapter-path {path}: does not fit this model: {error}") from error
+        raise ModelError(f"--adapter-path {path}: does not fit this model: {_short(error)}") from error
     # mlx-lm accepts an adapter that covers only part of the layers; the rest would be left at random.
     missing = sorted(set(adapter_parameters(model)) - saved)
     if missing:

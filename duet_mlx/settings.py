@@ -35,7 +35,7 @@ def parse(
     Raises:
         ConfigError: an unknown key (with the nearest name), a wrong type or choice, a YAML file that cannot be read.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description.splitlines()[0])
+    parser = _Parser(prog=prog, description=description.splitlines()[0])
     parser.add_argument("-c", "--config", metavar="YAML", help="file with any of these settings, by the same names")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type,unused-ignore]
     kinds = typing.get_type_hints(cls)
@@ -61,10 +61,21 @@ def parse(
     merged = {**(_read_yaml(file) if file else {}), **given}
     for name, value in merged.items():
         if name not in known:
-            raise ConfigError(f"{file}: unknown key {name!r}{nearest(name, list(known))}")
+            raise ConfigError(f"{file}: unknown key {name!r}{nearest(str(name), list(known))}")
         merged[name] = _checked(name, value, known[name], kinds[name])
     recipe = merged.get("recipe", "default")
     return cls(**{**(recipes or {}).get(recipe, {}), **merged})
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without the page of usage before each error."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        raise ConfigError(
+            f"{message}{nearest(unknown, flags) if unknown else ''}; `{self.prog} --help` lists all flags"
+        )
 
 
 def require(settings: Any, *names: str) -> None:

@@ -234,7 +234,8 @@ def save_targets(path: Path, targets: Targets, described: dict[str, str]) -> Non
     try:
         mx.save_safetensors(str(partial), {k: mx.array(v) for k, v in targets._asdict().items() if v.size}, described)
         os.replace(partial, path)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        partial.unlink(missing_ok=True)
         raise TrainingError(f"{path}: cannot write the targets: {error}") from error
 
 

@@ -12,6 +12,8 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import BLAS
-from .checkpoint import Checkpoint, adapter_config, folder_for_adapter, write_text
+from .checkpoint import Checkpoint, adapter_config, append_text, folder_for_adapter, write_text
 from .context import Context, load_contexts, render
 from .data import Query, check_disjoint, load_queries
 from .errors import ConfigError, TrainingError, nearest, run_cli
@@ -95,6 +97,9 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
     for name in ("delta", "learning_rate"):
         if not getattr(settings, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected more than 0")
+    for name in ("learning_rate", "max_grad_norm"):  # an infinite delta has a meaning: half the squared error
+        if not math.isfinite(getattr(settings, name)):
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected a finite number")
     lora = {**TrainSettings().lora_parameters, **settings.lora_parameters}
     for key in settings.lora_parameters:
         if key not in TrainSettings().lora_parameters:
@@ -103,6 +108,13 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
             )
     if not isinstance(lora["rank"], int) or lora["rank"] < 1:
         raise ConfigError(f"lora_parameters rank: expected a whole number of 1 or more, found {lora['rank']!r}")
+    for key in ("scale", "dropout"):
+        if isinstance(lora[key], bool) or not isinstance(lora[key], (int, float)) or not math.isfinite(lora[key]):
+            raise ConfigError(f"lora_parameters {key}: expected a number, found {lora[key]!r}")
+    if not 0 <= lora["dropout"] < 1:
+        raise ConfigError(f"lora_parameters dropout: expected 0 or more and less than 1, found {lora['dropout']}")
+    if lora["keys"] is not None and not (lora["keys"] and isinstance(lora["keys"], list)):
+        raise ConfigError(f"lora_parameters keys: expected a list of names of modules, found {lora['keys']!r}")
     settings = replace(settings, lora_parameters=lora)
     has_retain = bool(settings.retain or settings.neighbours)
     if not has_retain:  # allowed (METHOD.md has such a row), but then every query of a batch is a forget query
@@ -247,7 +259,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
         KeyboardInterrupt: after saving, with a line that says how to go on.
     """
     import mlx.core as mx
-    from mlx.utils import tree_flatten
+    from mlx.utils import tree_flatten, tree_unflatten
     from tqdm import tqdm
 
     from .generate import can_branch, common_prefix
@@ -292,56 +304,75 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     log = Path(settings.adapter_path) / "train_log.jsonl"
     if not done:
         write_text(log, "")
-    interrupted = _note_interrupts()
-    good, carried, losses, tokens = adapter_parameters(model), None, [], 0
-    with tqdm(total=settings.iters, initial=done, desc="train", unit="step", file=sys.stdout) as bar:
+    carried, losses, tokens = None, [], 0
+
+    def here(step: int) -> Kept:
+        return Kept(step, adapter_parameters(model), dict(tree_flatten(optimizer.state)))
+
+    good = here(done)
+    bar = tqdm(total=settings.iters, initial=done, desc="train", unit="step", file=sys.stdout)
+    with _interrupts_noted() as interrupted, bar:
         for it in range(done + 1, settings.iters + 1):
-            batch = stream.batch(steps[it - 1])
+            before, batch = here(it - 1), stream.batch(steps[it - 1])
             value, norm, carried = step(batch, carried, it % settings.grad_accumulation_steps == 0)
             mx.eval(model.trainable_parameters(), optimizer.state, value, norm, carried)
             if not math.isfinite(value.item()) or not math.isfinite(norm.item()):
-                model.load_weights(list(good.items()), strict=False)
-                checkpoint.save(model, optimizer, it - 1)
+                # A loss is that of the weights before the step: if it is not finite, the update before spoilt them.
+                kept_at = before if math.isfinite(value.item()) else good
+                model.load_weights(list(kept_at.adapter.items()), strict=False)
+                optimizer.state = tree_unflatten(list(kept_at.optimizer.items()))
+                checkpoint.save(model, optimizer, kept_at.step)
                 raise TrainingError(
                     f"step {it}: loss {value.item()}, squared gradient norm {norm.item()}: not finite. The adapter of "
-                    f"step {it - 1} is kept in {settings.adapter_path}; lower --learning-rate or set --max-grad-norm"
+                    f"step {kept_at.step} is kept in {settings.adapter_path}; lower --learning-rate or set "
+                    "--max-grad-norm"
                 )
-            good = adapter_parameters(model)
+            good = before
             losses.append(value.item())
             tokens += int(stream.lengths[steps[it - 1]].sum())
             bar.update()
             if it % settings.steps_per_report == 0 or it == settings.iters:
                 row = report(it, losses, norm.item(), optimizer.learning_rate.item(), batch, tokens, bar)
-                with log.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_text(log, json.dumps(row) + "\n")
                 losses, tokens = [], 0
             if settings.steps_per_eval and (it % settings.steps_per_eval == 0 or it == settings.iters):
                 validate(model, prepared, settings, shared, bar)
-            stop = bool(interrupted)
+            stop = bool(interrupted) and carried is None  # half an update cannot be gone on from
             if stop or it == settings.iters or (settings.save_every and it % settings.save_every == 0):
                 checkpoint.save(model, optimizer, it, copy=bool(settings.save_every) and it % settings.save_every == 0)
             if stop:
                 bar.close()
-                print(
+                raise KeyboardInterrupt(
                     f"stopped at step {it}; saved. To go on: the same command with --resume-adapter-file "
                     f"{Path(settings.adapter_path) / 'adapters.safetensors'}"
                 )
-                raise KeyboardInterrupt
     if weights_hash(model) != described["model"]:
         raise TrainingError("the base weights changed while training: this is a fault of duet-mlx, please report it")
     return Path(settings.adapter_path)
 
 
-def _note_interrupts() -> list[int]:
-    """Ctrl-C is noted, and acted on between two steps; a second one stops at once."""
+class Kept(NamedTuple):
+    """What to go back to."""
+
+    step: int
+    adapter: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """While inside, Ctrl-C is noted in the list, to be acted on between two steps; a second one stops at once."""
     seen: list[int] = []
 
     def note(number, frame):
         seen.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, note)
-    return seen
+    handler = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def report(it: int, losses: list[float], norm: float, rate: float, batch, tokens: int, bar) -> dict[str, Any]:
