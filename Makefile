@@ -13,6 +13,8 @@ HELD_OUT := $(wildcard $(EXAMPLE)/data/*_test.jsonl $(EXAMPLE)/reverse_prompts.*
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
+# Each step is a stamp that the next one looks at.
+.NOTPARALLEL:
 .PHONY: help install blas model demo demo-paper test quick coverage lint format clean
 
 help: ## list what can be done
@@ -28,11 +30,11 @@ $(VENV)/.installed: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '$(PACKAGE)'
 	@touch $@
 
-# Dependency groups came with pip 25.1.
-$(VENV)/.dev: pyproject.toml $(VENV)/.installed
+# Dependency groups came with pip 25.1. One resolution for package and tools: this counts as .installed too.
+$(VENV)/.dev: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(PY) -m pip install --quiet -e '$(PACKAGE)' --group dev
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 install: $(VENV)/.installed blas ## environment in .venv, and a real BLAS on Linux
 
@@ -81,13 +83,13 @@ $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED
 
 # ---- development ----
 
-test: blas model $(VENV)/.dev ## the whole suite, 200 examples a property
+test: $(VENV)/.dev blas model ## the whole suite, 200 examples a property
 	$(PY) -m pytest --hypothesis-profile ci $(PYTEST_ARGS)
 
-quick: blas model $(VENV)/.dev ## the suite with 20 examples a property
+quick: $(VENV)/.dev blas model ## the suite with 20 examples a property
 	$(PY) -m pytest --hypothesis-profile quick $(PYTEST_ARGS)
 
-coverage: blas model $(VENV)/.dev ## the suite with branch coverage
+coverage: $(VENV)/.dev blas model ## the suite with branch coverage
 	$(PY) -m pytest --hypothesis-profile ci --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy, as CI runs them
