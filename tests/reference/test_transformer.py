@@ -226,6 +226,20 @@ def test_every_entry_of_a_small_models_gradient_agrees_with_finite_differences(s
         assert_gradient(lambda a, name=name: value(arrays | {name: a}), array, gradients[name])
 
 
+def test_a_layer_without_lora_is_one_whose_b_is_zero_and_has_no_gradient() -> None:
+    _, model = twins("llama", 0)
+    dropped = [f"model.layers.0.{part}" for part in LINEARS[::2]]
+    zero = {k: a._replace(b=0 * a.b) if k in dropped else a for k, a in model.adapters.items()}
+    fewer = {k: a for k, a in model.adapters.items() if k not in dropped}
+    rng = np.random.default_rng(0)
+    tokens, by_logits = rng.integers(V, size=(2, 3)), rng.normal(size=(2, 3, V))
+    expected, _ = ref.forward(model._replace(adapters=zero), tokens)[2](by_logits)
+    gradients, _ = ref.forward(model._replace(adapters=fewer), tokens)[2](by_logits)
+    assert gradients.keys() == lora.parameters(fewer).keys()
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=ROUNDING * np.abs(gradient).max())
+
+
 # --- the parts ----------------------------------------------------------------------------------------------
 
 
