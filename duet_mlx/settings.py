@@ -53,7 +53,7 @@ def parse(
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif isinstance(default, tuple):
-            parser.add_argument(flag, nargs="+", **options)
+            parser.add_argument(flag, nargs="+", action="extend", **options)
         else:
             parser.add_argument(flag, choices=spec.metadata["choices"], type=_flag_type(kinds[name]), **options)
     given = vars(parser.parse_args(argv))
