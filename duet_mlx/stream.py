@@ -44,7 +44,11 @@ class Stream:
         return Batch(
             pad([self.sequences[row] for row in rows], -(-longest // WIDTHS) * WIDTHS),
             mx.array(positions.astype(np.int32)),
-            *(mx.array(a[rows]) for a in (t.ids, t.logits, t.candidate_mask, t.position_mask)),
+            mx.array(t.ids[rows]),
+            # Left alone, MLX would make float32 of a float64 model's targets.
+            mx.array(t.logits[rows], dtype=mx.float64 if t.logits.dtype == np.float64 else mx.float32),
+            mx.array(t.candidate_mask[rows]),
+            mx.array(t.position_mask[rows]),
         )
 
     def schedule(self, forget: np.ndarray, kept: np.ndarray, settings: TrainSettings) -> list[np.ndarray]:
