@@ -51,7 +51,7 @@ class EvaluateSettings:
     system: str = setting("", "your own system prompt, in every column")
     reverse_prompts: str | None = setting(None, "text file: each line is put before every forget question")
     reverse_questions: int = setting(0, "ask only so many forget questions, evenly spread, behind each (0: all)")
-    # As long as KnowMem's (METHOD.md): room for a sentence, and the figures stay comparable.
+    # As long as KnowMem's (reference/README.md): room for a sentence, and the figures stay comparable.
     max_tokens: int = setting(32, "most new tokens of an answer")
     batch_size: int = setting(64, "questions decoded together: changes speed and memory alone")
     seed: int = setting(0, "seed of the bootstrap; answers are greedy and need none")

@@ -2,7 +2,7 @@
 
 Training needs C logits at n positions, not T x V. The head module (`lm_head`, or the tied embedding's
 `as_linear`) is stood in for while the model is called, so that whatever an architecture does after its head
-(soft-capping, logit scale) still applies. METHOD.md, "Precision": hidden state and head rows meet in fp32.
+(soft-capping, logit scale) still applies. reference/README.md: hidden state and head rows meet in fp32.
 """
 
 from __future__ import annotations

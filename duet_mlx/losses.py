@@ -1,4 +1,4 @@
-"""The objective: Huber on the teacher's candidate logits (METHOD.md, "Objective")."""
+"""The objective: Huber on the teacher's candidate logits (reference/README.md)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from .teacher import Targets, check_lengths, saved_or_built
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-# What the paper fixes; everything else of it is ours (METHOD.md): one position, the teacher's candidates, raw logits,
+# What the paper fixes; everything else of it is ours (reference/README.md): one position, the teacher's candidates, raw logits,
 # the context before retain queries too.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -117,7 +117,9 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
         raise ConfigError(f"lora_parameters keys: expected a list of names of modules, found {lora['keys']!r}")
     settings = replace(settings, lora_parameters=lora)
     has_retain = bool(settings.retain or settings.neighbours)
-    if not has_retain:  # allowed (METHOD.md has such a row), but then every query of a batch is a forget query
+    if (
+        not has_retain
+    ):  # allowed (reference/README.md has such a row), but then every query of a batch is a forget query
         settings = replace(settings, forget_per_batch=settings.batch_size)
     if not 1 <= settings.forget_per_batch <= settings.batch_size:
         raise ConfigError(
@@ -199,7 +201,7 @@ def duet_loss(model: nn.Module, batch, prefix: list[int], head, delta: float, ce
 
 
 def make_optimizer(settings: TrainSettings):
-    """Adam as METHOD.md has it (bias correction on, ε outside the root, no decay), with its schedule."""
+    """Adam as reference/README.md has it (bias correction on, ε outside the root, no decay), with its schedule."""
     import mlx.optimizers as optim
     from mlx_lm.tuner.utils import build_schedule
 

@@ -1,4 +1,4 @@
-"""The baselines DUET is compared with: value and hand-derived gradient of each loss (METHOD.md, "Baselines").
+"""The baselines DUET is compared with: value and hand-derived gradient of each loss (reference/README.md, "Baselines").
 
 Every loss reads the *answer positions* alone: `mask` is true where the logits at a position predict a token
 of the answer, false on the prompt and on padding, whose logits and labels may hold anything.

@@ -36,8 +36,7 @@ def parameters(adapters: dict[str, LoRA]) -> dict[str, Array]:
 def updated(adapters: dict[str, LoRA], arrays: dict[str, Array]) -> dict[str, LoRA]:
     """The same adapters with these arrays, named as by `parameters`."""
     return {
-        name: LoRA(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], lora.scale)
-        for name, lora in adapters.items()
+        name: LoRA(arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], lora.scale) for name, lora in adapters.items()
     }
 
 

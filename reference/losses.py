@@ -23,9 +23,7 @@ def huber(difference: Array, delta: float) -> tuple[Array, Array]:
     return value, np.clip(difference, -delta, delta)
 
 
-def topk_huber(
-    student_logits: Array, targets: Targets, delta: float, center: bool = False
-) -> tuple[Array, Array]:
+def topk_huber(student_logits: Array, targets: Targets, delta: float, center: bool = False) -> tuple[Array, Array]:
     """Each query's loss, and the gradient of the batch's mean by the student's logits.
 
     With d = g_θ - g_ref at the candidates of a query's supervised positions, and n_q their number:

@@ -1,4 +1,4 @@
-"""Every metric from its definition (METHOD.md, "Metrics"), one short function each.
+"""Every metric from its definition (reference/README.md, "Metrics"), one short function each.
 
 Scores are in [0, 1] unless a function says "in points" (×100). Log-probabilities are natural. `target` is the
 text that an answer is compared with. A score that a question does not define is None, and means leave it out.

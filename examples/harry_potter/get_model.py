@@ -92,9 +92,7 @@ def link(target: Path, place: Path) -> None:
 
 def main() -> None:
     """Fetch, link if asked, print the path."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=Path, metavar="PATH", help="also make PATH a link to the file")
     place = parser.parse_args().link
     try:

@@ -112,9 +112,7 @@ def test_evaluate_prints_the_table_and_leaves_its_files(unlearned: tuple[Path, P
         "--retain", questions(tmp_path / "retain.jsonl", KEPT), "--out", out,
     )  # fmt: skip
     rows = json.loads((out / "results.json").read_text())["rows"]
-    refused = {
-        (row["model"], row["group"]): row["value"] for row in rows if row["metric"].startswith("refus")
-    }
+    refused = {(row["model"], row["group"]): row["value"] for row in rows if row["metric"].startswith("refus")}
     assert refused["unlearned", "forget"] == 1.0
     assert refused["unlearned", "general"] == 0.0
     assert "unlearned" in table

@@ -1,4 +1,4 @@
-"""Adam: the algorithm's own closed forms, and MLX's optimizer with the settings that METHOD.md fixes."""
+"""Adam: the algorithm's own closed forms, and MLX's optimizer with the settings that reference/README.md fixes."""
 
 from __future__ import annotations
 

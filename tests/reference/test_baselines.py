@@ -137,9 +137,7 @@ def test_prompt_and_padding_change_no_loss_and_get_no_gradient(name: str, garbag
         ref.simnpo,
         lambda a: ref.npo(a, np.full(1, 4.0)),
         lambda a: ref.flat(a, a._replace(labels=(a.labels + 1) % V)),
-        lambda a: ref.idk_dpo(
-            a._replace(labels=(a.labels + 1) % V), a, np.full(len(a.mask), 4.0), np.ones(1)
-        ),
+        lambda a: ref.idk_dpo(a._replace(labels=(a.labels + 1) % V), a, np.full(len(a.mask), 4.0), np.ones(1)),
         lambda a: ref.undial(a, np.cos(a.logits)),
         lambda a: ref.full_vocabulary_kl(a.logits, np.cos(a.logits), a.mask),
     ],

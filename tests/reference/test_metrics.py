@@ -96,15 +96,11 @@ def test_rouge_never_leaves_open_whether_it_stems_nor_which_score_it_is() -> Non
 
 def test_knowmem_prompt_ends_in_answer_colon_space() -> None:
     prompt = ref.knowmem_prompt([("Who?", "Me."), ("When?", "Now.")], "Where?")
-    assert prompt == (
-        "Question: Who?\nAnswer: Me.\n\nQuestion: When?\nAnswer: Now.\n\nQuestion: Where?\nAnswer: "
-    )
+    assert prompt == ("Question: Who?\nAnswer: Me.\n\nQuestion: When?\nAnswer: Now.\n\nQuestion: Where?\nAnswer: ")
     assert ref.knowmem_prompt([], "Where?") == "Question: Where?\nAnswer: "
 
 
-@pytest.mark.parametrize(
-    "tail", ["\n\nmore", "\nQuestion", "Question: x", "Question: x\n\ny", "\n\nQuestion:", ""]
-)
+@pytest.mark.parametrize("tail", ["\n\nmore", "\nQuestion", "Question: x", "Question: x\n\ny", "\n\nQuestion:", ""])
 def test_knowmem_cuts_where_the_model_asks_itself_a_question(tail: str) -> None:
     assert ref.knowmem_cut("In the castle\nthere. A Question" + tail) == "In the castle\nthere. A Question"
 

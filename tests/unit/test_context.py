@@ -19,19 +19,14 @@ def write(tmp_path):
 
 
 def test_one_context_is_named_after_its_file(write):
-    path = write(
-        "system: Say nothing of owls.\nturns:\n- {user: 'What is an owl?', assistant: I don't know.}\n"
-    )
-    assert load_contexts(path) == [
-        Context("mine", "Say nothing of owls.", (("What is an owl?", "I don't know."),))
-    ]
+    path = write("system: Say nothing of owls.\nturns:\n- {user: 'What is an owl?', assistant: I don't know.}\n")
+    assert load_contexts(path) == [Context("mine", "Say nothing of owls.", (("What is an owl?", "I don't know."),))]
 
 
 def test_messages_with_role_and_content_are_the_same_turns(write):
     pairs = write("turns:\n- {user: a, assistant: b}\n- {user: c, assistant: d}\nname: x\n", "pairs.yaml")
     messages = write(
-        "name: x\nturns:\n- {role: user, content: a}\n- {role: assistant, content: b}\n"
-        "- {user: c, assistant: d}\n"
+        "name: x\nturns:\n- {role: user, content: a}\n- {role: assistant, content: b}\n- {user: c, assistant: d}\n"
     )
     assert load_contexts(pairs) == load_contexts(messages)
 
@@ -173,9 +168,7 @@ def test_bad_content_is_named_with_file_and_place(content, message, write):
 
 
 def test_a_missing_file_a_folder_and_a_misspelled_ready_name_are_told_apart(tmp_path):
-    with pytest.raises(
-        ContextError, match=r'no such file, nor a ready context \(did you mean "refuse-all"\?\)'
-    ):
+    with pytest.raises(ContextError, match=r'no such file, nor a ready context \(did you mean "refuse-all"\?\)'):
         load_contexts("refuse-al")
     with pytest.raises(ContextError, match="is a folder"):
         load_contexts(tmp_path)

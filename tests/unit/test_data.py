@@ -160,9 +160,7 @@ def test_a_question_on_both_sides_is_refused_whatever_its_case_and_punctuation()
     retain = [Query("r:1", "Who is Hedwig?", "retain"), Query("n:9", 'who is "HARRYS" owl', "neighbour")]
     with pytest.raises(DataError) as error:
         check_disjoint(forget, retain)
-    assert (
-        "1 forget question(s)" in str(error.value) and "f:2" in str(error.value) and "n:9" in str(error.value)
-    )
+    assert "1 forget question(s)" in str(error.value) and "f:2" in str(error.value) and "n:9" in str(error.value)
     check_disjoint(forget, retain[:1])
 
 
@@ -188,9 +186,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 def test_what_is_written_as_jsonl_is_read_back(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("data") / "q.jsonl"
     for ascii_only in (True, False):
-        path.write_bytes(
-            "\n".join(json.dumps({"question": t}, ensure_ascii=ascii_only) for t in texts).encode()
-        )
+        path.write_bytes("\n".join(json.dumps({"question": t}, ensure_ascii=ascii_only) for t in texts).encode())
         assert [q.question for q in load_queries([path], "forget")] == [t.strip() for t in texts]
 
 

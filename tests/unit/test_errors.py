@@ -58,9 +58,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 def test_output_cut_short_by_head_ends_without_a_traceback():
     program = "from duet_mlx.errors import run_cli\nrun_cli(lambda: print(('x' * 99 + '\\n') * 9999))"
     command = f'"{sys.executable}" -c "$PROGRAM" | head -n 1'
-    ran = subprocess.run(
-        ["sh", "-c", command], env=os.environ | {"PROGRAM": program}, capture_output=True, text=True
-    )
+    ran = subprocess.run(["sh", "-c", command], env=os.environ | {"PROGRAM": program}, capture_output=True, text=True)
     assert ran.stdout == "x" * 99 + "\n" and ran.stderr == ""
 
 

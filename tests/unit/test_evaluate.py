@@ -73,10 +73,7 @@ def room(tmp_path_factory):
     make_model((room / "model"), 0)
     make_adapter(room / "adapter", room / "model")
     for name, count in (("forget", 3), ("retain", 2), ("neighbours", 2)):
-        lines = [
-            {"question": f"{name} {'long ' * i}question {i}?", "answer": ["gold", "old"]}
-            for i in range(count)
-        ]
+        lines = [{"question": f"{name} {'long ' * i}question {i}?", "answer": ["gold", "old"]} for i in range(count)]
         (room / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (room / "reverse.txt").write_text("Ignore it.\n\n  Tell me all:  \n")
     return room
@@ -124,9 +121,7 @@ def test_a_whole_run_leaves_the_three_files_with_every_model_group_and_metric(se
 
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3 * (3 + 2 + 2 + 2 * 3)
-    assert {"id", "group", "question", "model", "answer", "recall", "f1", "refused", "broken"} <= samples[
-        0
-    ].keys()
+    assert {"id", "group", "question", "model", "answer", "recall", "f1", "refused", "broken"} <= samples[0].keys()
 
     meta = saved["meta"]
     assert set(meta["data"]) == {"forget", "retain", "neighbours", "context", "reverse_prompts"}
@@ -214,9 +209,7 @@ def test_content_words_are_found_in_tokens_of_any_cut():
 
 def columns():
     queries = [Query("1", "Who is Dobby?", "forget", answer="an elf"), Query("2", "Where is it?", "forget")]
-    asked = [Asked("forget", q) for q in queries] + [
-        Asked("forget, reverse 1", q, "Tell all.") for q in queries
-    ]
+    asked = [Asked("forget", q) for q in queries] + [Asked("forget, reverse 1", q, "Tell all.") for q in queries]
     base = ["Dobby is an elf.", "I don't know.", "Tell all: no.", "It is here."]
     model = ["I don't know.", "I don't know.", "Dobby is an elf.", "I don't know."]
     return asked, *(Column(answers, [[]] * 4, [0.5, None, None, None]) for answers in (base, model))

@@ -64,9 +64,7 @@ def test_there_are_enough_questions_to_train_on() -> None:
     forget, general, neighbour = (len(rows_of(group, "train")) for group in GROUPS)
     assert forget >= 200
     assert general + neighbour >= 300
-    assert neighbour >= 150 and neighbour >= 0.45 * (general + neighbour), (
-        "half of the retain side are neighbours"
-    )
+    assert neighbour >= 150 and neighbour >= 0.45 * (general + neighbour), "half of the retain side are neighbours"
 
 
 @pytest.mark.parametrize(("group", "count"), [("forget", 100), ("general", 150), ("neighbour", 100)])
@@ -121,8 +119,7 @@ def test_training_names_no_held_out_file_and_evaluation_names_nothing_else() -> 
 
 def test_the_demo_trains_and_evaluates_the_same_model_with_the_same_context() -> None:
     trained, measured = (
-        yaml.safe_load((DATA.parent / name).read_text(encoding="utf-8"))
-        for name in ("config.yaml", "evaluate.yaml")
+        yaml.safe_load((DATA.parent / name).read_text(encoding="utf-8")) for name in ("config.yaml", "evaluate.yaml")
     )
     for key in ("model", "context", "topic", "adapter_path"):
         assert trained.get(key) == measured.get(key), key

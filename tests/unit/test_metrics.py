@@ -41,9 +41,7 @@ def test_the_common_subsequence_is_symmetric_and_no_longer_than_either(one, othe
 
 
 def test_the_chance_floor_is_the_mean_over_all_shuffles_that_leave_no_answer_in_place():
-    targets = [
-        metrics.rouge_words(t) for t in ("the owl flies", "the owl sleeps at night", "a train", "the end")
-    ]
+    targets = [metrics.rouge_words(t) for t in ("the owl flies", "the owl sleeps at night", "a train", "the end")]
     answers = [metrics.rouge_words(t) for t in ("the owl", "owls sleep", "a train at night", "the owl flies")]
     means = []
     for order in itertools.permutations(range(4)):
@@ -161,9 +159,7 @@ def test_the_interval_covers_95_percent_of_a_normal_mean():
     for trial in range(200):
         low, high = metrics.summarise(generator.normal(0.5, 0.1, 60).tolist(), seed=trial, resamples=500)[1]
         hits += low <= 0.5 <= high
-    assert (
-        0.90 <= hits / 200 <= 0.99
-    )  # 0.95 less the percentile interval's known shortfall, and 3 sigma of 200 draws
+    assert 0.90 <= hits / 200 <= 0.99  # 0.95 less the percentile interval's known shortfall, and 3 sigma of 200 draws
 
 
 def test_every_metric_says_what_is_good_on_both_sides():

@@ -47,8 +47,7 @@ SHAPES = {  # written here, each in the shape of a template that may not be carr
         "{{ raise_exception('Only user and assistant roles') }}{% endif %}{% endfor %}"
     ),
     "deepseek-r1: opens the think block, no switch": (
-        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-        "<|assistant|><think>\n"
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|><think>\n"
     ),
     "writes BOS twice": "{{ bos_token }}{{ bos_token }}" + LOOP + "<assistant>",
 }
@@ -81,28 +80,21 @@ def sentencepiece_like(template=None):
     )
     pieces = ["<unk>", "<s>", "</s>", "\n", "▁", *dict.fromkeys("".join(text.split()))]
     pieces += dict.fromkeys(piece for word in text.split() for piece in (f"▁{word}", word))
-    core = Tokenizer(
-        models.Unigram([(p, -10.0 if len(p) < 2 else -1.0) for p in dict.fromkeys(pieces)], unk_id=0)
-    )
+    core = Tokenizer(models.Unigram([(p, -10.0 if len(p) < 2 else -1.0) for p in dict.fromkeys(pieces)], unk_id=0))
     core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True)
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
     core.add_special_tokens(["<s>", "</s>"])
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = template
     return tokenizer
 
 
 TOKENIZERS = {
     **{name: byte_level(template) for name, template in (REAL | SHAPES | {"no template": None}).items()},
-    **{
-        f"sentencepiece, {name}": sentencepiece_like(SHAPES.get(name))
-        for name in (*list(SHAPES)[:4], "no template")
-    },
+    **{f"sentencepiece, {name}": sentencepiece_like(SHAPES.get(name)) for name in (*list(SHAPES)[:4], "no template")},
 }
 
 
@@ -125,9 +117,7 @@ def test_student_and_teacher_read_the_question_and_all_after_it_as_the_same_toke
         assert all("".join(part.split()) in "".join(tokenizer.decode(ids).split()) for part in parts)
 
 
-@pytest.mark.parametrize(
-    "context", [None, *CONTEXTS], ids=lambda context: context.name if context else "bare"
-)
+@pytest.mark.parametrize("context", [None, *CONTEXTS], ids=lambda context: context.name if context else "bare")
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_there_is_never_more_than_one_bos_and_it_comes_first(name, context):
     tokenizer = TOKENIZERS[name]
@@ -149,9 +139,7 @@ def test_mlx_lms_wrapper_and_the_tokenizer_inside_it_give_the_same_tokens(name):
         assert render(wrapped, QUESTION, context) == render(TOKENIZERS[name], QUESTION, context)
 
 
-@pytest.mark.parametrize(
-    "name", ["SmolLM2-Instruct", "Qwen-Qwen2.5-7B-Instruct", "microsoft-Phi-3.5-mini-instruct"]
-)
+@pytest.mark.parametrize("name", ["SmolLM2-Instruct", "Qwen-Qwen2.5-7B-Instruct", "microsoft-Phi-3.5-mini-instruct"])
 def test_the_bare_question_is_what_mlx_lm_generate_sends(name):
     """mlx_lm/generate.py: the template as text, then encode without special tokens."""
     wrapped = TokenizerWrapper(TOKENIZERS[name])
@@ -266,8 +254,7 @@ CANNOT = {
     "is broken": ("{% for m in %}", "raises TemplateSyntaxError"),
     "drops the question": ("Hello", "drops or alters the user's message"),
     "drops earlier answers": (
-        "{% for m in messages %}{% if m.role != 'assistant' %}<{{ m.role }}>{{ m.content }}{% endif %}"
-        "{% endfor %}",
+        "{% for m in messages %}{% if m.role != 'assistant' %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}",
         "context \"turns\" cannot be rendered for this model: the template drops or alters 'They live here.'",
     ),
     "takes one turn only": (
@@ -309,16 +296,12 @@ def test_check_renders_shows_where_student_and_teacher_part(monkeypatch):
         return ids if context is None else [*ids[:-5], 300, *ids[-4:]]
 
     monkeypatch.setattr(duet_mlx.context, "render", broken)
-    with pytest.raises(
-        ContextError, match='context "system alone": .* 4 tokens before the end the student reads'
-    ):
+    with pytest.raises(ContextError, match='context "system alone": .* 4 tokens before the end the student reads'):
         check_renders(tokenizer, QUESTION, CONTEXTS[3])
 
 
 def test_several_named_templates_use_the_default_one():
-    tokenizer = byte_level(
-        {"default": SHAPES["writes BOS twice"], "tool_use": "{{ raise_exception('tools') }}"}
-    )
+    tokenizer = byte_level({"default": SHAPES["writes BOS twice"], "tool_use": "{{ raise_exception('tools') }}"})
     plain = byte_level(SHAPES["writes BOS twice"])
     assert render(tokenizer, QUESTION, CONTEXTS[0]) == render(plain, QUESTION, CONTEXTS[0])
 

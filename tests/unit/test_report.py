@@ -28,8 +28,7 @@ def results():
     for model, recall, f1 in (("base", 1.0, 1.0), ("base + context", 0.0, 0.1), ("unlearned", 0.1234, 0.9)):
         rows += [
             row(model, "forget", "recall", recall, [recall / 2, min(1.0, recall * 1.5)]),
-            row(model, "forget", "recall_gold", None, n=0)
-            | {"reason": "the base got none of these questions right"},
+            row(model, "forget", "recall_gold", None, n=0) | {"reason": "the base got none of these questions right"},
             row(model, "forget", "refused", 1 - recall, n=6),
             row(model, "forget", "refused_all", 1 - recall),
             row(model, "general", "f1", f1, [f1 - 0.05, f1]),
@@ -128,9 +127,7 @@ def test_a_wrong_beside_is_refused(spec):
         report.load_beside([spec], ("base",))
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"rows": 1}', '{"rows": [{"model": "unlearned"}]}', '{"rows": []}']
-)
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": 1}', '{"rows": [{"model": "unlearned"}]}', '{"rows": []}'])
 def test_a_file_that_is_no_results_json_is_refused(content, tmp_path):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(DataError, match="r.json"):
