@@ -32,8 +32,8 @@ from .teacher import Targets, check_lengths, saved_or_built
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-# What the paper fixes; everything else of it is ours (reference/README.md): one position, the teacher's candidates, raw logits,
-# the context before retain queries too.
+# What the paper fixes; everything else of it is ours (reference/README.md): one position, the teacher's candidates,
+# raw logits, the context before retain queries too.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"positions": 1, "candidates": "teacher", "retain_context": "teacher", "center": False},
