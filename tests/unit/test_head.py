@@ -30,6 +30,13 @@ def test_gathered_logits_are_those_of_the_full_head(tied, quantized):
     np.testing.assert_allclose(np.array(logits_at(model, TOKENS, POSITIONS, head=head)), np.array(full), atol=1e-4)
 
 
+def test_a_heads_bias_is_gathered_with_its_rows():
+    model = llama(tied=False)
+    model.lm_head.bias = mx.arange(VOCABULARY).astype(mx.float32)
+    head, reason = check_head(model, TOKENS)
+    assert head is model.lm_head, reason
+
+
 def test_half_precision_meets_in_float32():
     """bf16 has steps of 0.125 at a logit of 20; the gathered product must not."""
     model = llama(dtype=mx.bfloat16)
