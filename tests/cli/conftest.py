@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny_model import tiny_data, tiny_model
 
 from duet_mlx.errors import run_cli
+from tests.tiny_model import tiny_data, tiny_model
 
 # Small enough for a fraction of a second; everything a long run does happens at least once.
 QUICK = [

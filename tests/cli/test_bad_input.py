@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_model import QUESTIONS, write_questions
+
+from tests.tiny_model import QUESTIONS, write_questions
 
 # --- questions and context ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_model import contents, tiny_model
+
+from tests.tiny_model import contents, tiny_model
 
 # --- the model ---------------------------------------------------------------------------------------------------
 

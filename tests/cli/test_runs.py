@@ -9,9 +9,9 @@ import sys
 import time
 
 import pytest
-from tiny_model import contents, replaced, tiny_model, write_questions
 
 from duet_mlx.train import parse_settings
+from tests.tiny_model import contents, replaced, tiny_model, write_questions
 
 ADAPTER = "adapters.safetensors"
 
