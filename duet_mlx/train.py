@@ -295,14 +295,15 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     def loss(model, batch):
         return duet_loss(model, batch, shared, head, settings.delta, settings.center)
 
-    # On CPU mx.compile would call a C++ compiler for seconds and gain nothing on matrix products.
-    step = make_step(model, optimizer, loss, settings, compiled=on_gpu())
     config = adapter_config(settings, prepared, keys, layers)
     checkpoint = Checkpoint(Path(settings.adapter_path), config)
     done = 0
     if settings.resume_adapter_file:
         done = checkpoint.resume(model, optimizer, settings.resume_adapter_file)
         print(f"going on from step {done} of {settings.iters}")
+    # After resuming, which replaces the state that a compiled step holds on to. On CPU mx.compile would call a C++
+    # compiler for seconds and gain nothing on matrix products.
+    step = make_step(model, optimizer, loss, settings, compiled=on_gpu())
     log = Path(settings.adapter_path) / "train_log.jsonl"
     if not done:
         write_text(log, "")

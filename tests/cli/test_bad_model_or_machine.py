@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,35 +170,38 @@ def test_a_folder_that_nobody_may_write_to(refused, quick):
     refused("train", *quick, "--adapter-path", "/proc/self", "--overwrite", says=("--adapter-path /proc/self",))
 
 
-@pytest.fixture
-def small_disk():
-    """small_disk(size): files may not grow beyond `size` bytes, as if the disk were full."""
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Inside, files may not grow beyond `size` bytes, as if the disk were full; pytest's own log outside may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_room_for_the_targets(refused, quick, tmp_path, small_disk):
-    small_disk(1000)
-    refused("train", *quick, says=("targets.safetensors", "cannot"))
+def test_no_room_for_the_targets(refused, quick, tmp_path):
+    with small_disk(1000):
+        refused("train", *quick, says=("targets.safetensors", "cannot"))
     assert contents(tmp_path / "adapters") == {}
 
 
 @pytest.mark.parametrize("room", [100, 20_000], ids=["config", "adapter"])
-def test_no_room_for_the_adapter(refused, quick, trained, small_disk, room):
+def test_no_room_for_the_adapter(refused, quick, trained, room):
     before = contents(trained)
-    small_disk(room)
-    refused("train", *quick, "--overwrite", says=(str(trained), "cannot be written"))
+    with small_disk(room):
+        refused("train", *quick, "--overwrite", says=(str(trained), "cannot be written"))
     after = contents(trained)
     for file in ("adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "targets.safetensors"):
         assert after[file] == before[file]
     assert not [name for name in after if "partial" in name]
 
 
-def test_no_room_for_the_targets_on_a_second_run(refused, quick, trained, small_disk):
+def test_no_room_for_the_targets_on_a_second_run(refused, quick, trained):
     before = contents(trained)
-    small_disk(1000)
-    refused("train", *quick, "--overwrite", "--top-k", 6, says=("targets.safetensors", "cannot"))
+    with small_disk(1000):
+        refused("train", *quick, "--overwrite", "--top-k", 6, says=("targets.safetensors", "cannot"))
     assert contents(trained) == before
 
 
