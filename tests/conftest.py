@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import duet_mlx  # noqa: F401  before any `import mlx.core`, so that OpenBLAS stands before MLX's own BLAS
+
+# A job started in the background of a shell ignores Ctrl-C, and so would the commands that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
