@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
 
+from .context import shared_prefix
 from .head import logits_at
 
 Prefix = list[tuple[mx.array, mx.array]]  # keys and values [1, heads, P, D/H] of each layer
@@ -26,11 +27,7 @@ def can_branch(model: nn.Module) -> bool:
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of what all prompts begin with, leaving at least one token to each."""
-    first, last = min(map(list, prompts)), max(map(list, prompts))
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return min(length, min(map(len, prompts)) - 1)
+    return min(shared_prefix(prompts), min(map(len, prompts)) - 1)
 
 
 def encode_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
