@@ -14,8 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +28,6 @@ from .scores import Asked, Column, rows_of, score
 from .settings import parse, require, setting
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-
     from .context import Context
 
 BASE, IN_CONTEXT, UNLEARNED = "base", "base + context", "unlearned"
@@ -177,6 +174,7 @@ def _contexts(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:
 
 def _columns(settings: EvaluateSettings, asked: list[Asked], contexts: list[Context]) -> tuple[dict[str, Column], str]:
     """Each column, and the hash of the base, whose weights serve all of them: the adapter goes on last."""
+    from .answers import column
     from .context import render
     from .model import apply_adapter, load_model, weights_hash
     from .teacher import context_of
@@ -217,101 +215,6 @@ def _same_model(config: dict, base_hash: str, folder: Path, settings: EvaluateSe
             f"those of --model {settings.model}"
         )
     print(f"note: the adapter was trained on other bits or another precision of {name}", file=sys.stderr)
-
-
-def column(
-    name: str,
-    model: nn.Module,
-    tokenizer: Any,
-    asked: list[Asked],
-    prompts: list[list[int]],
-    contexts: Sequence[Context | None],
-    base: Column | None,
-    settings: EvaluateSettings,
-) -> Column:
-    """What one model says to all prompts, and how probable it finds the words of `base` (None: its own)."""
-    import mlx.core as mx
-    from tqdm import tqdm
-
-    from .generate import greedy, stop_ids
-    from .head import check_head
-
-    head, _ = check_head(model, mx.array([prompts[0]]))  # for each column anew: LoRA may sit on the head
-    stop, start = stop_ids(tokenizer), time.perf_counter()
-    ids: list[list[int]] = [[] for _ in prompts]
-    probabilities: list[float | None] = [None] * len(prompts)
-    plain = [i for i, a in enumerate(asked) if not a.prefix]
-    with tqdm(total=len(prompts) + len(plain), desc=name, unit="q", file=sys.stderr, disable=None) as bar:
-        for rows in _alike(asked, contexts, range(len(prompts))):
-            batch = [prompts[i] for i in rows]
-            new = greedy(model, batch, settings.max_tokens, stop, settings.batch_size, head, bar.update)
-            for i, tokens in zip(rows, new, strict=True):
-                ids[i] = tokens
-        answers = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in ids]
-        said = base or Column(answers, ids, [])
-        for rows in _alike(asked, contexts, plain):
-            words = [content_words(tokenizer, said.ids[i], asked[i].query.question) for i in rows]
-            values = forced(model, [prompts[i] for i in rows], [said.ids[i] for i in rows], words, head)
-            for i, value in zip(rows, values, strict=True):
-                probabilities[i] = value
-            bar.update(len(rows))
-    seconds = time.perf_counter() - start
-    rate = len(prompts) / seconds
-    print(f"{name}: {len(prompts)} answers in {seconds:.0f} s, {rate:.1f} a second", file=sys.stderr)
-    return Column([answer.strip() for answer in answers], ids, probabilities)
-
-
-def _alike(asked: Sequence[Asked], contexts: Sequence[Context | None], rows: Iterable[int]) -> list[list[int]]:
-    """Rows that begin alike, by context and reverse prompt: what they share is then encoded once."""
-    parts: dict[tuple[Context | None, str], list[int]] = {}
-    for row in rows:
-        parts.setdefault((contexts[row], asked[row].prefix), []).append(row)
-    return list(parts.values())
-
-
-def content_words(tokenizer: Any, ids: Sequence[int], question: str) -> list[list[int]]:
-    """For each content word of an answer, the indices into `ids` of the tokens that hold its letters."""
-    # Where each token ends, by decoding ever longer beginnings: right for every kind of tokenizer.
-    ends = [0, *(len(tokenizer.decode(list(ids[: t + 1]))) for t in range(len(ids)))]
-    spans = metrics.content_spans(tokenizer.decode(list(ids)), question)
-    words = [[t for t in range(len(ids)) if ends[t] < stop and start < ends[t + 1]] for start, stop in spans]
-    return [word for word in words if word]
-
-
-def forced(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    words: Sequence[Sequence[Sequence[int]]],
-    head: nn.Module | None = None,
-) -> list[float | None]:
-    """Mean probability of an answer's words, the answer before each token being forced; None without words.
-
-    mean over words of Π_{t in word} softmax(g(prompt ⊕ answer[:t]))[answer[t]]
-
-    Args:
-        prompts, answers: token lists.  words: for each answer, token indices by word.
-        head: `check_head`'s head, so that logits are computed at the answer's positions alone.
-    """
-    import mlx.core as mx
-    import numpy as np
-
-    from .generate import pad
-    from .teacher import forced_logits
-
-    means: list[float | None] = [None] * len(prompts)
-    rows = [i for i, indices in enumerate(words) if indices]
-    if not rows:
-        return means
-    n = max(len(answers[i]) for i in rows)
-    targets = pad([answers[i] for i in rows], n)  # [N, n]
-    batch = [prompts[i] for i in rows], [answers[i] for i in rows]
-    for chosen, logits in forced_logits(model, *batch, n, head=head):  # [B, n, V]
-        picked = mx.take_along_axis(logits, targets[mx.array(chosen)][..., None], axis=-1).squeeze(-1)
-        probability = np.array(mx.exp(picked - mx.logsumexp(logits, axis=-1)), dtype=np.float64)  # [B, n]
-        for row, values in zip(chosen, probability, strict=True):
-            means[rows[row]] = float(np.mean([values[list(word)].prod() for word in words[rows[row]]]))
-    return means
 
 
 # --- what is kept -------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -102,29 +104,31 @@ def batches(lengths: Sequence[int], size: int, equal: bool) -> Iterator[np.ndarr
             start = stop
 
 
-def greedy(
+class Answers(NamedTuple):
+    """What a batch of prompts is answered."""
+
+    rows: np.ndarray  # [B] which prompts
+    tokens: list[list[int]]  # each cut before its stop token
+    kept: np.ndarray | None  # [B, max_tokens, ...] where asked for; zeros after an answer's end
+
+
+def decode(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     stop: Collection[int],
     batch_size: int = 64,
     head: nn.Module | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> list[list[int]]:
-    """Greedy continuations of many prompts, batched.
+    keep: Callable[[mx.array], np.ndarray] | None = None,
+) -> Iterator[Answers]:
+    """Greedy continuations of many prompts, a batch at a time, shortest prompts first.
 
     Args:
-        prompts: token lists.  max_tokens: most new tokens for each.
-        stop: ids that end an answer (`stop_ids`); the answer is cut before them.
+        prompts: token lists.  max_tokens: most new tokens, at least 1, of all or of each.
+        stop: ids that end an answer (`stop_ids`); the answer is cut before them. Ties go to the lower id.
         head: `check_head`'s head, so that the prefill computes one position's logits.
-        progress: called with the number of prompts that a finished batch held.
-
-    Returns:
-        The new tokens of each prompt, in the prompts' order. Ties go to the lower id.
+        keep: what to keep [b, ...] of the logits [b, V] that each token, the stop token included, was chosen from.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    if not prompts or max_tokens < 1:
-        return answers
     shared = can_branch(model)
     length = common_prefix(prompts) if shared else 0
     prefix = encode_prefix(model, prompts[0][:length]) if length else []
@@ -140,26 +144,53 @@ def greedy(
         if shared:
             for entry in cache:
                 entry.settle(length, last + 1)
-        alive, count = rows, 0
-        while True:
+        answers: list[list[int]] = [[] for _ in rows]
+        limits = np.broadcast_to(max_tokens, len(prompts))[rows]
+        ended = np.zeros(len(rows), dtype=bool)
+        alive, kept = np.arange(len(rows)), None
+        for count in itertools.count():
             tokens = mx.argmax(logits[:, 0], axis=-1)
             mx.eval(tokens)
-            going = np.ones(len(alive), dtype=bool)
-            for index, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
-                if token in stop or len(answers[row]) < count:  # ended now, or before
-                    going[index] = False
-                else:
+            if keep:
+                seen, live = keep(logits[:, 0]), ~ended[alive]
+                if kept is None:
+                    kept = np.zeros((len(rows), limits.max(), *seen.shape[1:]), dtype=seen.dtype)
+                kept[alive[live], count] = seen[live]
+            for row, token in zip(alive, tokens.tolist(), strict=True):
+                if not ended[row] and token not in stop:
                     answers[row].append(token)
-            count += 1
-            if count == max_tokens or not going.any():
+                    ended[row] = len(answers[row]) == limits[row]
+                else:
+                    ended[row] = True
+            going = ~ended[alive]
+            if not going.any():
                 break
             if shared and going.sum() <= len(alive) // 2:  # answers that ended are dropped by halves
-                keep = mx.array(np.flatnonzero(going))
+                going_on = mx.array(np.flatnonzero(going))
                 for entry in cache:
-                    entry.keep(keep)
-                alive, tokens = alive[going], tokens[keep]
+                    entry.keep(going_on)
+                alive, tokens = alive[going], tokens[going_on]
             zero = mx.zeros((len(alive), 1), dtype=mx.int32)
             logits = logits_at(model, tokens[:, None], zero, cache=cache, head=head)
+        yield Answers(rows, answers, kept)
+
+
+def greedy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int | Sequence[int],
+    stop: Collection[int],
+    batch_size: int = 64,
+    head: nn.Module | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """`decode`'s answers in the prompts' order; `progress` is called with the number of prompts in each batch."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not prompts or np.min(max_tokens) < 1:
+        return answers
+    for batch in decode(model, prompts, max_tokens, stop, batch_size, head):
+        for row, tokens in zip(batch.rows, batch.tokens, strict=True):
+            answers[row] = tokens
         if progress:
-            progress(len(rows))
+            progress(len(batch.rows))
     return answers

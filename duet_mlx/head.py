@@ -123,8 +123,11 @@ def check_head(model: nn.Module, tokens: mx.array) -> tuple[nn.Module | None, st
         return None, f"the gathered head does not fit this architecture ({error})"
     if got.shape != expected.shape or every.shape != full.shape:
         return None, f"the gathered head gives {got.shape}, expected {expected.shape}"
-    # The full head computes in the model's own dtype: allow a few of its epsilons of the largest logit.
-    epsilon = max(EPSILON.get(array.dtype, 2.0**-20) for _, array in tree_flatten(model.parameters()))
-    bound = 8 * epsilon * max(1.0, mx.abs(full).max().item())
     worst = max(mx.abs(got - expected).max().item(), mx.abs(every - full).max().item())
-    return (head, "") if worst <= bound else (None, f"gathered and full head differ by {worst:.3g}")
+    return (head, "") if worst <= rounding(model, full) else (None, f"gathered and full head differ by {worst:.3g}")
+
+
+def rounding(model: nn.Module, logits: mx.array) -> float:
+    """What two ways to compute the same logits may differ by: a few epsilons of the model's dtype, of the largest."""
+    epsilon = max(EPSILON.get(array.dtype, 2.0**-20) for _, array in tree_flatten(model.parameters()))
+    return 8 * epsilon * max(1.0, mx.abs(logits).max().item())

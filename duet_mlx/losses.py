@@ -16,6 +16,7 @@ class Batch(NamedTuple):
     logits: mx.array  # [B, n, C] float32
     candidate_mask: mx.array  # [B, n, C] bool
     position_mask: mx.array  # [B, n] bool
+    hidden: mx.array | None = None  # [B, T, D], what comes into the first adapted layer, where those below are not run
 
 
 def topk_huber(student_logits: mx.array, targets, delta: float, center: bool = False) -> mx.array:

@@ -10,6 +10,8 @@ import numpy as np
 from .teacher import Targets
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from .train import TrainSettings
 
 WIDTHS = 4  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
@@ -28,6 +30,7 @@ class Stream:
             for suffix, row, count in zip(self.suffixes, targets.continuation, supervised, strict=True)
         ]
         self.lengths = np.array([len(s) for s in self.sequences])
+        self.hidden: list[mx.array] | None = None  # lower.hidden_states of the sequences
 
     def batch(self, rows: np.ndarray):
         """The batch of these query indices, padded to a multiple of WIDTHS."""
@@ -35,20 +38,22 @@ class Stream:
 
         from .generate import pad
         from .losses import Batch
+        from .lower import padded
 
-        longest = int(self.lengths[rows].max())
+        width = -(-int(self.lengths[rows].max()) // WIDTHS) * WIDTHS
         start = np.array([len(self.suffixes[row]) - 1 for row in rows])
         n = self.targets.position_mask.shape[1]
         positions = np.minimum(start[:, None] + np.arange(n), self.lengths[rows][:, None] - 1)
         t = self.targets
         return Batch(
-            pad([self.sequences[row] for row in rows], -(-longest // WIDTHS) * WIDTHS),
+            pad([self.sequences[row] for row in rows], width),
             mx.array(positions.astype(np.int32)),
             mx.array(t.ids[rows]),
             # Left alone, MLX would make float32 of a float64 model's targets.
             mx.array(t.logits[rows], dtype=mx.float64 if t.logits.dtype == np.float64 else mx.float32),
             mx.array(t.candidate_mask[rows]),
             mx.array(t.position_mask[rows]),
+            padded([self.hidden[row] for row in rows], width) if self.hidden else None,
         )
 
     def schedule(self, forget: np.ndarray, kept: np.ndarray, settings: TrainSettings) -> list[np.ndarray]:

@@ -88,16 +88,20 @@ def context_of(query: Query, contexts: Sequence[Context], retain_context: str) -
     raise ContextError(f"{query.id}: names the context {query.context!r}; there are {names}")
 
 
+def rows_at_once(n: int, vocabulary: int) -> int:
+    """Queries whose logits, n by V each, are held at once: 2^25 numbers are 128 MiB, enough for speed, at most 64."""
+    return max(1, min(64, (1 << 25) // (n * vocabulary)))
+
+
 def forced_logits(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     n: int,
-    ids: np.ndarray | None = None,
     head: nn.Module | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[np.ndarray, mx.array]]:
-    """Logits of the first n positions of given continuations: (rows, [B, n, V], or [B, n, C] for `ids` [N, n, C])."""
+    """Logits of the first n positions of given continuations: rows and their [B, n, V], a batch at a time."""
     import mlx.core as mx
 
     from .generate import batches, branch, can_branch, common_prefix, encode_prefix, pad
@@ -107,17 +111,13 @@ def forced_logits(
     prefix = encode_prefix(model, prompts[0][:length]) if length else []
     mx.eval(prefix)
     sequences = [[*p[length:], *c[: n - 1]] for p, c in zip(prompts, continuations, strict=True)]
-    # 2^25 logits are 128 MiB: enough rows for speed, few enough for a small machine.
-    vocabulary = ids.shape[-1] if ids is not None else 1 << 17
-    size = max(1, min(64, (1 << 25) // (n * vocabulary)))
-    for rows in batches([len(s) for s in sequences], size, equal=False):
+    for rows in batches([len(s) for s in sequences], rows_at_once(n, 1 << 17), equal=False):
         last = np.array([len(sequences[row]) - 1 for row in rows])
         start = np.array([len(prompts[row]) - length - 1 for row in rows])
         positions = np.minimum(start[:, None] + np.arange(n), last[:, None])  # past the end: masked by the caller
-        chosen = None if ids is None else mx.array(ids[rows])
         cache = branch(prefix, len(rows)) or None
         tokens = pad([sequences[row] for row in rows])
-        yield rows, logits_at(model, tokens, mx.array(positions), chosen, cache=cache, head=head)
+        yield rows, logits_at(model, tokens, mx.array(positions), cache=cache, head=head)
         if progress:
             progress(len(rows))
 
@@ -144,7 +144,7 @@ def teacher_targets(
     import mlx.core as mx
     from tqdm import tqdm
 
-    from .generate import greedy, stop_ids
+    from .generate import decode, stop_ids
     from .head import logits_at
 
     n, k, count = settings.positions, settings.top_k, len(queries)
@@ -165,29 +165,26 @@ def teacher_targets(
     groups: dict[Context | None, list[int]] = {}
     for index, query in enumerate(queries):
         groups.setdefault(context_of(query, contexts, settings.retain_context), []).append(index)
-    stop = stop_ids(tokenizer)
-    with tqdm(total=count * (2 if n > 1 else 1), desc="teacher", unit="q", file=sys.stdout, leave=False) as bar:
+    stop, size = stop_ids(tokenizer), rows_at_once(n, vocabulary)
+    with tqdm(total=count, desc="teacher", unit="q", file=sys.stdout, leave=False) as bar:
         for context, members in groups.items():
             for index in members[:1]:
                 check_renders(tokenizer, queries[index].question, context)
-            where = np.array(members)
             prompts = [render(tokenizer, queries[i].question, context) for i in members]
-            answers = greedy(model, prompts, n - 1, stop, head=head, progress=bar.update)
-            for row, answer in zip(where, answers, strict=True):
-                continuation[row, : len(answer)] = answer
-                position_mask[row, : len(answer) + 1] = True  # the end of turn is supervised too
-            for rows, values in forced_logits(model, prompts, answers, n, head=head, progress=bar.update):
-                ids[where[rows], :, :k], logits[where[rows], :, :k] = topk(values, k)
-            if not union or context is None:
-                continue
-            # What must fall is what the base itself would say: its top K where it reads the teacher's words.
-            plain = [render(tokenizer, queries[i].question) for i in members]
-            for rows, values in forced_logits(model, plain, answers, n, head=head):
-                new = new_candidates(ids[where[rows], :, :k], topk(values, k)[0])
-                ids[where[rows], :, k:], candidate_mask[where[rows], :, k:] = new
-            extra = ids[where, :, k:]
-            for rows, values in forced_logits(model, prompts, answers, n, extra, head=head):
-                logits[where[rows], :, k:] = np.array(values)
+            for batch in decode(model, prompts, n, stop, size, head, keep=np.array):
+                where, words = np.array(members)[batch.rows], [answer[: n - 1] for answer in batch.tokens]
+                for row, answer in zip(where, words, strict=True):
+                    continuation[row, : len(answer)] = answer
+                    position_mask[row, : len(answer) + 1] = True  # the end of turn is supervised too
+                ids[where, :, :k], logits[where, :, :k] = topk(batch.kept, k)
+                if union and context is not None:
+                    # What must fall is what the base itself would say: its top K where it reads the teacher's words.
+                    plain = [render(tokenizer, queries[i].question) for i in where]
+                    for rows, values in forced_logits(model, plain, words, n, head=head):
+                        new = new_candidates(ids[where[rows], :, :k], topk(values, k)[0])
+                        ids[where[rows], :, k:], candidate_mask[where[rows], :, k:] = new
+                    logits[where, :, k:] = np.take_along_axis(batch.kept, ids[where, :, k:], axis=-1)
+                bar.update(len(where))
     # Nothing unmasked may depend on what stands under a mask.
     candidate_mask &= position_mask[..., None]
     ids[~candidate_mask] = 0

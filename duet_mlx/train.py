@@ -13,7 +13,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -186,18 +186,48 @@ def prepare(settings: TrainSettings) -> Prepared:
     return Prepared(model, tokenizer, folder, head, contexts, queries, targets, described, valid, valid_targets)
 
 
-def duet_loss(model: nn.Module, batch, prefix: list[int], head, delta: float, center: bool):
+def duet_loss(model: nn.Module, batch, prefix: list[int], head, delta: float, center: bool, lower=None):
     """A method as a function of a batch: (sum of the query losses, number of queries).
 
     The shared prefix is run once for the whole batch; its keys and values are broadcast, and gradients flow through.
+    With `lower`, the model begins at its first adapted layer, from `batch.hidden`.
     """
     from .generate import branch, encode_prefix
     from .head import logits_at
     from .losses import topk_huber
+    from .lower import entering
 
-    cache = branch(encode_prefix(model, prefix), len(batch.tokens)) if prefix else None
-    logits = logits_at(model, batch.tokens, batch.positions, batch.ids, cache=cache, head=head)
+    def begin(hidden):
+        return entering(model, lower.layer, hidden) if lower else nullcontext()
+
+    cache = None
+    if prefix:
+        with begin(lower and lower.prefix):
+            cache = branch(encode_prefix(model, prefix), len(batch.tokens))
+    with begin(batch.hidden):
+        logits = logits_at(model, batch.tokens, batch.positions, batch.ids, cache=cache, head=head)
     return topk_huber(logits, batch, delta, center).sum(), len(batch.tokens)
+
+
+def run_lower(model: nn.Module, layer: int, prefix: list[int], streams: list[Stream]):
+    """Run what lies below the first adapted layer once for all batches of these streams; None: it is run in each."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from .lower import check_lower, hidden_states
+
+    trained = len(tree_flatten(model.trainable_parameters()))
+    inside = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers[layer:])
+    if layer == 0 or trained > inside:  # LoRA on head or embedding is not inside
+        return None
+    reason = check_lower(model, layer, mx.array([[*prefix, *streams[0].sequences[0]]]))
+    if reason:
+        print(f"note: layers 0 to {layer - 1} are run in every step ({reason})")
+        return None
+    print(f"layers 0 to {layer - 1} are not trained: they are run once, now")
+    for stream in streams:
+        lower, stream.hidden = hidden_states(model, layer, prefix, stream.sequences)
+    return lower
 
 
 def make_optimizer(settings: TrainSettings):
@@ -267,7 +297,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     from .generate import can_branch, common_prefix
     from .model import adapter_parameters, add_lora, lora_keys, on_gpu, weights_hash
 
-    model, tokenizer, _, head, _, queries, targets, described, valid, _ = prepared
+    model, tokenizer, _, head, _, queries, targets, described, valid, valid_targets = prepared
     mx.random.seed(settings.seed)
     keys = lora_keys(model, settings.lora_parameters["keys"])
     add_lora(model, settings.num_layers, **{**settings.lora_parameters, "keys": keys})
@@ -279,10 +309,12 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     watched = [render(tokenizer, query.question) for query in valid]
     prefix = common_prefix(prompts + watched) if can_branch(model) else 0
     stream = Stream(prompts, targets, prefix)
+    valid_stream = Stream(watched, valid_targets, prefix) if valid_targets else None
     forget = np.array([i for i, q in enumerate(queries) if q.role == "forget"])
     kept = np.array([i for i, q in enumerate(queries) if q.role != "forget"], dtype=int)
     steps = stream.schedule(forget, kept, settings)
     shared = list(prompts[0][:prefix])
+    lower = run_lower(model, len(model.layers) - layers, shared, [s for s in (stream, valid_stream) if s])
 
     optimizer = make_optimizer(settings)
     optimizer.init(model.trainable_parameters())
@@ -293,7 +325,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     model.train()
 
     def loss(model, batch):
-        return duet_loss(model, batch, shared, head, settings.delta, settings.center)
+        return duet_loss(model, batch, shared, head, settings.delta, settings.center, lower)
 
     config = adapter_config(settings, prepared, keys, layers)
     checkpoint = Checkpoint(Path(settings.adapter_path), config)
@@ -339,7 +371,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
                 append_text(log, json.dumps(row) + "\n")
                 losses, tokens = [], 0
             if settings.steps_per_eval and (it % settings.steps_per_eval == 0 or it == settings.iters):
-                validate(model, prepared, settings, shared, bar)
+                validate(model, prepared, valid_stream, loss, bar)
             stop = bool(interrupted) and carried is None  # half an update cannot be gone on from
             if stop or it == settings.iters or (settings.save_every and it % settings.save_every == 0):
                 checkpoint.save(model, optimizer, it, copy=bool(settings.save_every) and it % settings.save_every == 0)
@@ -402,7 +434,7 @@ def report(it: int, losses: list[float], norm: float, rate: float, batch, tokens
     return row
 
 
-def validate(model: nn.Module, prepared: Prepared, settings: TrainSettings, prefix: list[int], bar) -> None:
+def validate(model: nn.Module, prepared: Prepared, stream: Stream | None, loss, bar) -> None:
     """Print the loss on the validation questions, and what the student answers to a few of them."""
     import mlx.core as mx
 
@@ -410,25 +442,14 @@ def validate(model: nn.Module, prepared: Prepared, settings: TrainSettings, pref
 
     model.eval()
     tokenizer = prepared.tokenizer
-    if prepared.valid_targets is not None:
-        prompts = [render(tokenizer, q.question) for q in prepared.valid_queries]
-        stream = Stream(prompts, prepared.valid_targets, len(prefix))
-        for role in ("forget", "retain"):
-            rows = np.array([i for i, q in enumerate(prepared.valid_queries) if q.role == role], dtype=int)
-            rows = rows[np.argsort(stream.lengths[rows], kind="stable")]
-            total = 0.0
-            for start in range(0, len(rows), 16):
-                value, _ = duet_loss(
-                    model,
-                    stream.batch(rows[start : start + 16]),
-                    prefix,
-                    prepared.head,
-                    settings.delta,
-                    settings.center,
-                )
-                total += value.item()
-            if len(rows):
-                bar.write(f"validation loss, {role}: {total / len(rows):.3f}")
+    for role in ("forget", "retain"):
+        if stream is None:
+            break
+        rows = np.array([i for i, q in enumerate(prepared.valid_queries) if q.role == role], dtype=int)
+        rows = rows[np.argsort(stream.lengths[rows], kind="stable")]
+        total = sum(loss(model, stream.batch(rows[start : start + 16]))[0].item() for start in range(0, len(rows), 16))
+        if len(rows):
+            bar.write(f"validation loss, {role}: {total / len(rows):.3f}")
     source = prepared.valid_queries or prepared.queries
     shown = [[q for q in source if (q.role == "forget") == forget][:2] for forget in (True, False)]
     chosen = [q for part in shown for q in part]

@@ -1,7 +1,6 @@
 """Evaluation end to end on a tiny model of random weights, and the pieces that hold it together."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -169,42 +168,65 @@ def test_the_users_system_prompt_reaches_the_models(settings, tmp_path):
     assert value[0] != value[1]
 
 
-def test_forced_probability_is_the_plain_softmax_at_each_token(room):
+def test_a_forced_answer_gives_the_plain_softmax_and_how_far_the_model_agrees(room):
     import mlx.core as mx
     import numpy as np
 
+    from duet_mlx.answers import forced
+    from duet_mlx.generate import greedy
     from duet_mlx.head import check_head
     from duet_mlx.model import load_model
 
     model, _, _ = load_model(str(room / "model"))
     prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 9, 10], [5, 6, 7]]
-    answers = [[11, 12, 13, 14], [15, 16], [17], []]
-    words = [[[0], [2, 3]], [[1]], [[0]], []]
-    expected = []
-    for prompt, answer, indices in zip(prompts, answers, words, strict=True):
-        if not indices:
-            expected.append(None)
-            continue
-        logits = np.array(model(mx.array([prompt + answer]))[0], dtype=np.float64)
-        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        each = [math.prod(p[len(prompt) + t - 1, answer[t]] for t in word) for word in indices]
-        expected.append(sum(each) / len(each))
+    own = greedy(model, prompts, 4, [])
+    other = [(own[2][2] + 1) % 50, 3]
+    answers = [[11, 12, 13, 14], own[1], own[2][:2] + other, []]
+    after = np.array(model(mx.array([prompts[1] + own[1]]))[0, -1]).argmax()
     for head in (None, check_head(model, mx.array([prompts[0]]))[0]):
-        got = ev.forced(model, prompts, answers, words, head)
-        assert got[3] is None
-        assert got[:3] == pytest.approx(expected[:3], rel=1e-4)
+        got = forced(model, prompts, answers, [int(after)], head)
+        for prompt, answer, found in zip(prompts, answers, got, strict=True):
+            logits = np.array(model(mx.array([prompt + answer]))[0], dtype=np.float64)
+            p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+            each = [p[len(prompt) + t - 1, token] for t, token in enumerate(answer)]
+            assert found.probabilities == pytest.approx(each, rel=1e-4)
+        assert [found.agreed for found in got[1:]] == [4, 2, 0]
+        assert got[1].ended and not got[2].ended
+        assert not forced(model, prompts, answers, [], head)[1].ended
+
+
+def test_answers_begun_by_the_bases_are_those_decoded_from_nothing(settings, tmp_path, monkeypatch):
+    """The unlearned column goes on from where it leaves the base's answer."""
+    from duet_mlx import answers
+
+    ev.evaluate(settings)
+    samples = (tmp_path / "out" / "samples.jsonl").read_text()
+    monkeypatch.setattr(
+        answers, "forced", lambda *args, f=answers.forced: [x._replace(agreed=0, ended=False) for x in f(*args)]
+    )
+    ev.evaluate(but(settings, out=str(tmp_path / "again")))
+    assert (tmp_path / "again" / "samples.jsonl").read_text() == samples
+
+
+def test_the_mean_over_words_is_of_their_tokens_products():
+    from duet_mlx.answers import mean_of_words
+
+    assert mean_of_words([0.5, 0.5, 0.2], [[0, 1], [2]]) == pytest.approx((0.25 + 0.2) / 2)
+    assert mean_of_words([0.5], []) is None
 
 
 def test_content_words_are_found_in_tokens_of_any_cut():
+    from duet_mlx.answers import content_words
+
     class Pieces:
         def decode(self, ids):
             return "".join(["Dob", "by", " is", " an", " el", "f", "."][i] for i in ids)
 
     ids = list(range(7))
-    assert ev.content_words(Pieces(), ids, "Who is it?") == [[0, 1], [4, 5]]
-    assert ev.content_words(Pieces(), ids, "Who is Dobby?") == [[4, 5]]
-    assert ev.content_words(Pieces(), ids[:1], "Who?") == [[0]]
-    assert ev.content_words(Pieces(), [], "Who?") == []
+    assert content_words(Pieces(), ids, "Who is it?") == [[0, 1], [4, 5]]
+    assert content_words(Pieces(), ids, "Who is Dobby?") == [[4, 5]]
+    assert content_words(Pieces(), ids[:1], "Who?") == [[0]]
+    assert content_words(Pieces(), [], "Who?") == []
 
 
 def columns():
