@@ -86,7 +86,12 @@ def convert_gguf(path: Path, widen: bool) -> Path:
         for name, content in (("tokenizer_config.json", tokenizer_config), ("config.json", config)):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")
         partial.chmod(0o755)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            return convert_gguf(path, widen)  # another process was first: its folder is looked at like any other
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot write the converted model: {error}") from error
     finally:

@@ -1,20 +1,21 @@
 """The layers below the first adapted one are run once: what comes out of them never changes while the student learns.
 
-The embedding and the list of layers are stood in for while the model is called, so that all else of an
+The list of layers and the first of them are stood in for while the model is called, so that all else of an
 architecture (masks, norms, head) stays as it is; `check_lower` finds those that this does not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .generate import batches, branch, encode_prefix, pad
-from .head import EMBEDDING_NAMES, logits_at, rounding
+from .generate import batches, branch, can_branch, encode_prefix, pad
+from .head import logits_at, rounding
 
 
 class Lower(NamedTuple):
@@ -24,50 +25,53 @@ class Lower(NamedTuple):
     prefix: mx.array | None  # [1, P, D]
 
 
-def find_stack(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The module that holds the list of layers, and the embedding beside it; None where there is no such pair."""
+def find_stack(model: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module that holds the list of layers, and the list's name (`layers`, `h`, `blocks`, ...)."""
+    wanted = [id(layer) for layer in model.layers]
     for _, module in model.named_modules():
-        if module.get("layers") is model.layers:
-            for name in EMBEDDING_NAMES:
-                if name in module:
-                    return module, module[name]
+        for name, value in module.items():
+            if isinstance(value, list) and [id(layer) for layer in value] == wanted:
+                return module, name
     return None
 
 
 @contextmanager
-def _standing_in(stack: nn.Module, layers: list, part: nn.Module, answer) -> Iterator[None]:
-    """While inside, the stack has these layers only, and `part` of it answers by `answer(self, x, ...)`."""
-    whole, original = stack.layers, type(part)
-    stack.layers = layers
-    part.__class__ = type(original.__name__, (original,), {"__call__": answer})
+def _standing_in(model: nn.Module, kept: slice, at: int, answer: Callable) -> Iterator[None]:
+    """While inside, the model has these layers only, and the one `at` answers by `answer(its own call, x, ...)`."""
+    found = find_stack(model)
+    assert found is not None, "check_lower comes first"
+    stack, name = found
+    layers = stack[name]
+    layer, original = layers[at], type(layers[at])
+
+    def call(self, x, *rest, **more):
+        return answer(partial(original.__call__, self), x, *rest, **more)
+
+    stack[name] = layers[kept]
+    layer.__class__ = type(original.__name__, (original,), {"__call__": call})
     try:
         yield
     finally:
-        part.__class__ = original
-        stack.layers = whole
+        layer.__class__ = original
+        stack[name] = layers
 
 
 @contextmanager
 def entering(model: nn.Module, layer: int, hidden: mx.array) -> Iterator[None]:
     """While inside, the model begins at `layer`, where `hidden` [B, T, D] comes in; it has that many layers less."""
-    found = find_stack(model)
-    assert found is not None, "check_lower comes first"
-    stack, embedding = found
-    with _standing_in(stack, stack.layers[layer:], embedding, lambda self, tokens: hidden):
+    with _standing_in(model, slice(layer, None), layer, lambda call, x, *rest, **more: call(hidden, *rest, **more)):
         yield
 
 
 def hidden_at(model: nn.Module, layer: int, tokens: mx.array, cache: list | None = None) -> mx.array:
     """What comes into `layer` for `tokens` [B, T]: [B, T, D]. Nothing above it is evaluated."""
-    found = find_stack(model)
-    assert found is not None, "check_lower comes first"
-    stack, seen = found[0], []
+    seen = []
 
-    def record(self, x, *rest, **more):
+    def record(call, x, *rest, **more):
         seen.append(x)
         return x
 
-    with _standing_in(stack, stack.layers[: layer + 1], stack.layers[layer], record):
+    with _standing_in(model, slice(layer + 1), layer, record):
         model(tokens, cache=cache)
     return seen[0]
 
@@ -75,7 +79,9 @@ def hidden_at(model: nn.Module, layer: int, tokens: mx.array, cache: list | None
 def check_lower(model: nn.Module, layer: int, tokens: mx.array) -> str:
     """Why the layers below `layer` cannot be run once and for all, tried on `tokens` [1, T]; "" if they can."""
     if find_stack(model) is None:
-        return "no list of layers with an embedding beside it"
+        return "no list of layers found"
+    if not can_branch(model):
+        return "its cache cannot be shared"
     last = mx.array([[tokens.shape[1] - 1]])
     full = logits_at(model, tokens, last)
     try:

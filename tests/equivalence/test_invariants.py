@@ -24,7 +24,7 @@ from duet_mlx.losses import topk_huber
 from duet_mlx.model import adapter_parameters, add_lora, lora_keys, weights_hash
 from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets, teacher_targets
-from duet_mlx.train import TrainSettings, duet_loss, make_optimizer, make_step
+from duet_mlx.train import TrainSettings, duet_loss, make_optimizer, make_step, run_lower
 from reference import teacher as ref
 from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, fewer, llama, plain_logits, tokenizer
 from tests.reference.exact_float64 import exact_float64
@@ -103,6 +103,73 @@ def test_a_querys_loss_hangs_on_nothing_but_itself(
                 total, count = duet_loss(model, batch, asked[0][:prefix], chosen, 1.0, False)
                 assert count == len(asked)
                 assert total.item() == pytest.approx(sum(alone), abs=count * tolerance)
+
+
+def upper_student(dtype: Any, tied: bool) -> nn.Module:
+    """Four layers, the last two adapted."""
+    model = llama(tied=tied, dtype=dtype, num_hidden_layers=4)
+    add_lora(model, 2, rank=2, scale=2.0, dropout=0.0, keys=lora_keys(model))
+    for index, (name, value) in enumerate(adapter_parameters(model).items()):
+        model.load_weights(
+            [(name, (0.3 * mx.random.normal(value.shape, key=mx.random.key(index))).astype(dtype))], False
+        )
+    return model
+
+
+with mx.stream(mx.cpu):
+    UPPER = {(dtype, tied): upper_student(dtype, tied) for dtype in (mx.float32, mx.float64) for tied in (True, False)}
+
+
+@precisions
+@given(rows=prompts, seed=seeds, n=st.integers(1, 3), width=st.integers(1, 8), tied=st.booleans())
+@fewer(4)
+def test_layers_run_once_give_the_loss_and_gradient_of_layers_run_each_time(
+    dtype: Any, rows: list[list[int]], seed: int, n: int, width: int, tied: bool
+) -> None:
+    with exact_float64():
+        model = UPPER[dtype, tied]
+        asked = [rows[0][: seed % 4] + row for row in rows]
+        targets = random_targets(np.random.default_rng(seed), len(asked), n, width, dtype)
+        head, _ = check_head(model, mx.array([[1, 2, 3]]))
+        for length in {0, generate.common_prefix(asked)}:
+            prefix, stream = asked[0][:length], Stream(asked, targets, length)
+
+            def both(lower: Any, stream: Stream = stream, prefix: list[int] = prefix) -> tuple[float, dict]:
+                batch = stream.batch(np.arange(len(asked)))
+                value, gradient = nn.value_and_grad(
+                    model, lambda model: duet_loss(model, batch, prefix, head, 1.0, True, lower)[0]
+                )(model)
+                return value.item(), dict(tree_flatten(gradient))
+
+            loss, gradient = both(None)
+            lower = run_lower(model, 2, prefix, [stream])
+            assert lower is not None and stream.hidden is not None
+            again, once = both(lower)
+            size = len(asked) * width * n
+            assert again == pytest.approx(loss, abs=size * rounding(dtype, 20))
+            assert once.keys() == gradient.keys()
+            largest = max(np.abs(np.array(g)).max() for g in gradient.values())
+            for name, value in gradient.items():
+                np.testing.assert_allclose(
+                    np.array(once[name]), np.array(value), rtol=0, atol=size * rounding(dtype, 20 * largest)
+                )
+        assert len(model.layers) == 4  # nothing stays stood in for
+
+
+def test_layers_below_are_run_in_each_step_where_the_architecture_does_not_allow_otherwise(capsys: Any) -> None:
+    model = upper_student(mx.float32, True)
+    stream = Stream([[1, 2, 3]], random_targets(np.random.default_rng(0), 1, 1, 2, mx.float32), 0)
+    assert run_lower(model, 0, [], [stream]) is None  # all layers are adapted
+
+    class Counting(type(model.model)):  # type: ignore[misc]
+        """Its output hangs on how many layers there are."""
+
+        def __call__(self, *args: Any, **more: Any) -> mx.array:
+            return super().__call__(*args, **more) * len(self.layers)
+
+    model.model.__class__ = Counting
+    assert run_lower(model, 2, [], [stream]) is None and stream.hidden is None
+    assert "layers 0 to 1 are run in every step (logits differ" in capsys.readouterr().out
 
 
 @precisions

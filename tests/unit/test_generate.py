@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from duet_mlx.generate import batches, can_branch, common_prefix, encode_prefix, greedy, pad, stop_ids
+from duet_mlx.generate import batches, can_branch, common_prefix, decode, encode_prefix, greedy, pad, stop_ids
 from tests.equivalence.tiny import llama, tokenizer
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 7, 8, 9, 10], [1, 2, 9]]
@@ -57,6 +57,25 @@ def test_equal_logits_give_the_lower_id():
     model = llama(tied=False)
     model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
     assert greedy(model, PROMPTS, 2, set()) == [[0, 0]] * 4
+
+
+def test_each_prompt_has_a_limit_of_its_own():
+    model = llama()
+    limits = [5, 1, 3, 2]
+    expected = [by_argmax(model, p, n, {0}) for p, n in zip(PROMPTS, limits, strict=True)]
+    assert greedy(model, PROMPTS, limits, {0}, batch_size=3) == expected
+
+
+def test_what_is_kept_are_the_logits_that_each_token_and_the_stop_came_from():
+    model = llama()
+    stop = {greedy(model, PROMPTS, 6, set())[0][2]}
+    for batch in decode(model, PROMPTS, 6, stop, batch_size=3, keep=np.array):
+        for row, tokens, kept in zip(batch.rows, batch.tokens, batch.kept, strict=True):
+            sequence, start = PROMPTS[row] + tokens, len(PROMPTS[row]) - 1
+            chosen = len(tokens) + (len(tokens) < 6)  # the stop token is one more
+            logits = np.array(model(mx.array([sequence]))[0, start : start + chosen])
+            np.testing.assert_allclose(kept[:chosen], logits, atol=1e-4)
+            assert not kept[chosen:].any()
 
 
 def test_progress_counts_every_prompt_once():

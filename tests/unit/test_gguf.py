@@ -142,6 +142,22 @@ def test_a_second_conversion_reuses_the_first_and_a_changed_file_is_refused(tmp_
         convert_gguf(path, widen=True)
 
 
+def test_of_two_conversions_at_once_the_second_takes_the_folder_of_the_first(tmp_path, monkeypatch):
+    """As several processes on one new file do: each reads it before any folder is there."""
+    path = tmp_path / "m.gguf"
+    write(path)
+    from duet_mlx import gguf as module
+
+    def first_is_faster(*args, read=module.read_gguf):
+        monkeypatch.setattr(module, "read_gguf", read)
+        convert_gguf(path, widen=True)
+        return read(*args)
+
+    monkeypatch.setattr(module, "read_gguf", first_is_faster)
+    assert convert_gguf(path, widen=True) == tmp_path / "m-mlx-fp32"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m-mlx-fp32", "m.gguf"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
