@@ -25,6 +25,9 @@ def _load_blas() -> str | None:
         return None
     import ctypes
 
+    # Half the cores to a product: two halves of each batch are computed side by side (generate.streams).
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+
     # Debian's libblas.so.3 is whatever `update-alternatives` chose: only OpenBLAS is worth having.
     for name in ("libopenblas.so.0", "libopenblasp.so.0", "libblas.so.3"):
         try:

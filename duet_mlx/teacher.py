@@ -104,22 +104,28 @@ def forced_logits(
     """Logits of the first n positions of given continuations: rows and their [B, n, V], a batch at a time."""
     import mlx.core as mx
 
-    from .generate import batches, branch, can_branch, common_prefix, encode_prefix, pad
+    from .generate import batches, branch, can_branch, common_prefix, encode_prefix, pad, streams
     from .head import logits_at
 
     length = common_prefix(prompts) if can_branch(model) else 0
     prefix = encode_prefix(model, prompts[0][:length]) if length else []
     mx.eval(prefix)
     sequences = [[*p[length:], *c[: n - 1]] for p, c in zip(prompts, continuations, strict=True)]
-    for rows in batches([len(s) for s in sequences], rows_at_once(n, 1 << 17), equal=False):
+    waiting: list[tuple[np.ndarray, mx.array]] = []  # a batch for each stream is computed before one is handed out
+    for number, rows in enumerate(batches([len(s) for s in sequences], rows_at_once(n, 1 << 17), equal=False)):
         last = np.array([len(sequences[row]) - 1 for row in rows])
         start = np.array([len(prompts[row]) - length - 1 for row in rows])
         positions = np.minimum(start[:, None] + np.arange(n), last[:, None])  # past the end: masked by the caller
-        cache = branch(prefix, len(rows)) or None
-        tokens = pad([sequences[row] for row in rows])
-        yield rows, logits_at(model, tokens, mx.array(positions), cache=cache, head=head)
+        with mx.stream(streams()[number % len(streams())]):
+            cache = branch(prefix, len(rows)) or None
+            tokens = pad([sequences[row] for row in rows])
+            waiting.append((rows, logits_at(model, tokens, mx.array(positions), cache=cache, head=head)))
+        mx.async_eval(waiting[-1][1])
         if progress:
             progress(len(rows))
+        if len(waiting) == len(streams()):
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def teacher_targets(
