@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from .generate import batches, branch, can_branch, encode_prefix, pad
+from .generate import batches, branch, can_branch, encode_prefix, pad, streams
 from .head import logits_at, rounding
 
 
@@ -94,18 +95,29 @@ def check_lower(model: nn.Module, layer: int, tokens: mx.array) -> str:
 
 
 def hidden_states(
-    model: nn.Module, layer: int, prefix: Sequence[int], sequences: Sequence[Sequence[int]]
+    model: nn.Module,
+    layer: int,
+    prefix: Sequence[int],
+    sequences: Sequence[Sequence[int]],
+    progress: Callable[[int], object] | None = None,
 ) -> tuple[Lower, list[mx.array]]:
     """What comes into `layer` from the shared prefix [1, P, D], and from each sequence after it [T, D]."""
     cache = encode_prefix(model, prefix) if prefix else []
     lower = Lower(layer, hidden_at(model, layer, mx.array([list(prefix)])) if prefix else None)
     states: list[mx.array] = [mx.array([])] * len(sequences)
-    for rows in batches([len(s) for s in sequences], 64, equal=False):
-        hidden = hidden_at(model, layer, pad([sequences[row] for row in rows]), branch(cache, len(rows)) or None)
-        for row, state in zip(rows, hidden, strict=True):
-            # A copy: a slice would keep the whole batch alive.
-            states[row] = mx.contiguous(state[: len(sequences[row])] + 0)
-        mx.eval([states[row] for row in rows])
+    before = np.array([], dtype=int)
+    for number, rows in enumerate(batches([len(s) for s in sequences], 32, equal=False)):
+        with mx.stream(streams()[number % len(streams())]):
+            hidden = hidden_at(model, layer, pad([sequences[row] for row in rows]), branch(cache, len(rows)) or None)
+            for row, state in zip(rows, hidden, strict=True):
+                # A copy: a slice would keep the whole batch alive.
+                states[row] = mx.contiguous(state[: len(sequences[row])] + 0)
+        mx.async_eval([states[row] for row in rows])
+        mx.eval([states[row] for row in before])  # one batch is under way while the next is put together
+        before = rows
+        if progress:
+            progress(len(rows))
+    mx.eval(states)
     return lower, states
 
 

@@ -213,6 +213,7 @@ def run_lower(model: nn.Module, layer: int, prefix: list[int], streams: list[Str
     """Run what lies below the first adapted layer once for all batches of these streams; None: it is run in each."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
+    from tqdm import tqdm
 
     from .lower import check_lower, hidden_states
 
@@ -225,8 +226,10 @@ def run_lower(model: nn.Module, layer: int, prefix: list[int], streams: list[Str
         print(f"note: layers 0 to {layer - 1} are run in every step ({reason})")
         return None
     print(f"layers 0 to {layer - 1} are not trained: they are run once, now")
-    for stream in streams:
-        lower, stream.hidden = hidden_states(model, layer, prefix, stream.sequences)
+    count = sum(len(stream.sequences) for stream in streams)
+    with tqdm(total=count, desc="lower layers", unit="q", file=sys.stdout, leave=False) as bar:
+        for stream in streams:
+            lower, stream.hidden = hidden_states(model, layer, prefix, stream.sequences, bar.update)
     return lower
 
 
