@@ -17,23 +17,23 @@ def _load_blas() -> str | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    names = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
-    preloaded = [name for name in names if "blas" in name.lower()]
-    if preloaded:  # done already: a second library would start a second pool of threads
-        return os.path.basename(preloaded[0])
-    if "mlx.core" in sys.modules:  # too late: its symbols are bound
-        return None
     import ctypes
 
-    # Half the cores to a product: two halves of each batch are computed side by side (generate.streams).
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
-
-    # Debian's libblas.so.3 is whatever `update-alternatives` chose: only OpenBLAS is worth having.
-    for name in ("libopenblas.so.0", "libopenblasp.so.0", "libblas.so.3"):
+    names = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    preloaded = [name for name in names if "blas" in name.lower()]
+    if not preloaded and "mlx.core" in sys.modules:  # too late: its symbols are bound
+        return None
+    # Debian's libblas.so.3 is whatever `update-alternatives` chose: only OpenBLAS is worth having. A second library
+    # beside a preloaded one would start a second pool of threads.
+    for name in preloaded or ("libopenblas.so.0", "libopenblasp.so.0", "libblas.so.3"):
         try:
-            if hasattr(ctypes.CDLL(name), "openblas_get_config"):
+            library = ctypes.CDLL(name)
+            if hasattr(library, "openblas_get_config"):
                 ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-                return name
+                if not os.environ.get("OPENBLAS_NUM_THREADS"):
+                    # Two streams compute side by side (generate.streams): half the cores for the products of each.
+                    library.openblas_set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+                return os.path.basename(name)
         except OSError:
             continue
     return None

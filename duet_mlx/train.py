@@ -261,20 +261,11 @@ def make_step(model: nn.Module, optimizer, loss, settings: TrainSettings, compil
     import mlx.optimizers as optim
     from mlx.utils import tree_map, tree_reduce
 
-    from .generate import streams
-
     every = settings.grad_accumulation_steps
 
     def mean_loss(model, batch):
-        totals, counts = [], []
-        places = np.array_split(np.arange(len(batch.tokens)), min(len(batch.tokens), len(streams())))
-        for part, stream in zip(places, streams(), strict=False):
-            with mx.stream(stream):
-                some = [field if field is None else field[part[0] : part[-1] + 1] for field in batch]
-                total, count = loss(model, type(batch)(*some))
-            totals.append(total)
-            counts.append(count)
-        return sum(totals) / sum(counts)
+        total, count = loss(model, batch)
+        return total / count
 
     def step(batch, carried, update: bool):
         value, gradient = nn.value_and_grad(model, mean_loss)(model, batch)
