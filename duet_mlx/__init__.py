@@ -20,23 +20,24 @@ def _load_blas() -> str | None:
     import ctypes
 
     names = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
-    preloaded = [name for name in names if "blas" in name.lower()]
-    if not preloaded and "mlx.core" in sys.modules:  # too late: its symbols are bound
+    found = next((os.path.basename(name) for name in names if "blas" in name.lower()), None)
+    if found is None and "mlx.core" in sys.modules:  # too late: its symbols are bound
         return None
-    # Debian's libblas.so.3 is whatever `update-alternatives` chose: only OpenBLAS is worth having. A second library
-    # beside a preloaded one would start a second pool of threads.
-    for name in preloaded or ("libopenblas.so.0", "libopenblasp.so.0", "libblas.so.3"):
+    # Debian's libblas.so.3 is whatever `update-alternatives` chose: only OpenBLAS is worth having. Not beside one
+    # that is preloaded: it would start a second pool of threads.
+    for name in () if found else ("libopenblas.so.0", "libopenblasp.so.0", "libblas.so.3"):
         try:
-            library = ctypes.CDLL(name)
-            if hasattr(library, "openblas_get_config"):
+            if hasattr(ctypes.CDLL(name), "openblas_get_config"):
                 ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-                if not os.environ.get("OPENBLAS_NUM_THREADS"):
-                    # Two streams compute side by side (generate.streams): half the cores for the products of each.
-                    library.openblas_set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-                return os.path.basename(name)
+                found = name
+                break
         except OSError:
             continue
-    return None
+    if found and not os.environ.get("OPENBLAS_NUM_THREADS"):
+        # Two streams compute side by side (generate.streams): half the cores for the products of each.
+        limit = getattr(ctypes.CDLL(None), "openblas_set_num_threads", lambda threads: None)
+        limit(max(1, len(os.sched_getaffinity(0)) // 2))
+    return found
 
 
 BLAS: str | None = _load_blas()

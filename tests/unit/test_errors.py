@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from duet_mlx import BLAS
 from duet_mlx.errors import (
     ConfigError,
     ContextError,
@@ -83,8 +84,17 @@ def test_importing_the_package_imports_neither_mlx_nor_numpy():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="macOS computes on Metal and Accelerate")
 def test_a_blas_that_was_preloaded_is_left_as_it_is():
     # Set after the start, for the loader would complain of a file that does not exist.
-    program = "import os; os.environ['LD_PRELOAD'] = '/x/libblas.so.3'; import ctypes; ctypes.CDLL = None\n"
-    assert in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)") == "libblas.so.3"
+    program = "import os; os.environ['LD_PRELOAD'] = '/x/libblas.so.3'; import ctypes\n"
+    program += "ctypes.CDLL = lambda name: print(name)\n"  # of no library, None, where the preloaded one would be found
+    assert in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)") == "None\nlibblas.so.3"
+
+
+@pytest.mark.skipif(BLAS is None, reason="no OpenBLAS here")
+def test_half_the_cores_are_for_products_unless_the_user_says_otherwise():
+    program = "import ctypes, duet_mlx; print(ctypes.CDLL(None).openblas_get_num_threads())"
+    half = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert in_fresh_python(program, OPENBLAS_NUM_THREADS="") == str(half)
+    assert in_fresh_python(program, OPENBLAS_NUM_THREADS="2") == "2"
 
 
 def test_blas_is_not_loaded_after_mlx_for_it_would_change_nothing():
