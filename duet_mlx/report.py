@@ -2,6 +2,7 @@
 
 python -m duet_mlx.report DIR/results.json               # the table and sample answers once more
 python -m duet_mlx.report DIR/results.json --markdown    # the table to paste into a paper or a model card
+python -m duet_mlx.report DIR/results.json --beside seed1=OTHER/results.json    # another run's column beside it
 """
 
 from __future__ import annotations
@@ -326,8 +327,10 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m duet_mlx.report", description="Print an evaluation again.")
     parser.add_argument("results", help="the results.json that duet_mlx.evaluate wrote")
     parser.add_argument("--markdown", action="store_true", help="the table alone, in Markdown")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="NAME=FILE", help="columns of other results.json")
     args = parser.parse_args()
     results = load_results(args.results)
+    results["rows"] += load_beside(args.beside, _models(results["rows"]))
     if args.markdown:
         print(markdown_table(results))
     else:

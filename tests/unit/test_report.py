@@ -143,5 +143,8 @@ def test_the_command_prints_the_table_or_markdown(results, tmp_path):
     assert "unlearned" in table and "[forget] Who?" in table
     markdown = subprocess.run([*command, "--markdown"], capture_output=True, text=True, check=True).stdout
     assert markdown.startswith("| |") and "Who?" not in markdown
+    beside = ["--markdown", "--beside", f"seed 1={tmp_path / 'results.json'}"]
+    both = subprocess.run([*command, *beside], capture_output=True, text=True, check=True).stdout
+    assert both.splitlines()[0] == markdown.splitlines()[0] + " seed 1 |"
     missing = subprocess.run([*command[:-1], str(tmp_path / "none.json")], capture_output=True, text=True)
     assert missing.returncode == 2 and "no such file" in missing.stderr
