@@ -49,13 +49,14 @@ def folder_for_adapter(settings: TrainSettings) -> Path:
 
 
 class Checkpoint:
-    """Saving and resuming: mlx-lm's two files, and beside them the optimizer and the step."""
+    """Saving and resuming: mlx-lm's two files, and beside them the optimizer, the random state and the step."""
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path, self.config = path, config
 
     def save(self, model, optimizer, step: int, copy: bool = False) -> None:
         """Write the adapter whole or not at all; `copy` keeps a numbered one too, as mlx-lm does."""
+        import mlx.core as mx
         from mlx.utils import tree_flatten
 
         from .model import adapter_parameters
@@ -64,7 +65,8 @@ class Checkpoint:
         _write(self.path / "adapters.safetensors", weights)
         if copy:
             _write(self.path / f"{step:07d}_adapters.safetensors", weights)
-        _write(self.path / "optimizer.safetensors", dict(tree_flatten(optimizer.state)), {"step": str(step)})
+        state = {**dict(tree_flatten(optimizer.state)), "random_state": mx.random.state[0]}  # LoRA's dropout draws
+        _write(self.path / "optimizer.safetensors", state, {"step": str(step)})
         write_text(self.path / "adapter_config.json", json.dumps({**self.config, "step": step}, indent=2) + "\n")
 
     def resume(self, model, optimizer, file: str) -> int:
@@ -83,12 +85,12 @@ class Checkpoint:
             mx.eval(weights)
             state, meta = mx.load(str(Path(file).with_name("optimizer.safetensors")), return_metadata=True)
             mx.eval(state)
-            step = int(meta["step"])
+            step, _ = int(meta["step"]), state["random_state"]
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"--resume-adapter-file {file}: cannot be read ({error})") from error
         except KeyError as error:
             raise ConfigError(
-                f"--resume-adapter-file {file}: the optimizer.safetensors beside it holds no step"
+                f"--resume-adapter-file {file}: the optimizer.safetensors beside it holds no {error}"
             ) from error
         mine = adapter_parameters(model)
         odd = sorted(
@@ -105,6 +107,8 @@ class Checkpoint:
         if trained_on not in (None, here) and other != name:
             raise ConfigError(f"--resume-adapter-file {file}: made for another model ({saved.get('model')})")
         model.load_weights(list(weights.items()), strict=False)
+        high, low = state.pop("random_state").tolist()  # MLX sets its state by a seed of 64 bits alone
+        mx.random.seed(high << 32 | low)
         optimizer.state = tree_unflatten(list(state.items()))
         return step
 
