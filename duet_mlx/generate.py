@@ -131,18 +131,18 @@ class Answers(NamedTuple):
 class _Part:
     """Rows of a batch that are decoded on one stream, and those of them whose answers go on."""
 
-    def __init__(self, model: nn.Module, rows: np.ndarray, suffixes: list[list[int]], prefix: Prefix, shared: bool):
-        self.rows, self.shared = rows, shared
+    def __init__(self, model: nn.Module, rows: np.ndarray, suffixes: list[list[int]], prefix: Prefix, ragged: bool):
+        self.rows, self.ragged = rows, ragged
         if prefix:
-            self.cache = branch(prefix, len(rows), RaggedCache)
+            self.cache = branch(prefix, len(rows), RaggedCache if ragged else ConcatenateKVCache)
         else:
-            self.cache = [RaggedCache() for _ in model.layers] if shared else make_prompt_cache(model)
+            self.cache = [RaggedCache() for _ in model.layers] if ragged else make_prompt_cache(model)
         self.last = np.array([len(suffix) - 1 for suffix in suffixes])
         self.tokens = pad(suffixes)
 
     def logits(self, model: nn.Module, head: nn.Module | None) -> mx.array:
         """What comes after `tokens` [B, T]: [B, V]."""
-        before = self.cache[0].offset if self.shared else None
+        before = self.cache[0].offset if self.ragged else None
         logits = logits_at(model, self.tokens, mx.array(self.last[:, None]), cache=self.cache, head=head)[:, 0]
         if isinstance(before, int):  # that was the prefill
             for entry in self.cache:
@@ -152,12 +152,27 @@ class _Part:
 
     def go_on(self, tokens: mx.array, going: np.ndarray) -> None:
         """Feed these tokens [B] next; rows whose answers have ended are dropped by halves."""
-        if self.shared and going.sum() <= len(going) // 2:
+        if self.ragged and going.sum() <= len(going) // 2:
             keep = mx.array(np.flatnonzero(going))
             for entry in self.cache:
                 entry.keep(keep)
             self.rows, self.last, tokens = self.rows[going], self.last[going], tokens[keep]
         self.tokens = tokens[:, None]
+
+
+def takes_row_masks(model: nn.Module) -> bool:
+    """Whether rows of unlike length can be decoded together. Nothing is computed: MLX checks shapes before it does.
+
+    Gemma 2's attention in mlx-lm, written out for groups of query heads, cannot take a mask of each row's own. With as
+    many rows as heads of keys the mask would fit, wrongly: hence seven, which no model has.
+    """
+    part = _Part(model, np.arange(7), [[0]] * 7, [], ragged=True)
+    try:
+        for _ in range(2):  # the prefill, whose mask is one for all, and a token more
+            part.go_on(mx.argmax(part.logits(model, None), axis=-1), np.ones(7, dtype=bool))
+    except ValueError:
+        return False
+    return True
 
 
 def decode(
@@ -178,12 +193,13 @@ def decode(
         keep: what to keep [b, ...] of the logits [b, V] that each token, the stop token included, was chosen from.
     """
     shared = can_branch(model)
+    ragged = shared and takes_row_masks(model)
     length = common_prefix(prompts) if shared else 0
     prefix = encode_prefix(model, prompts[0][:length]) if length else []
     mx.eval(prefix)
-    for rows in batches([len(p) for p in prompts], batch_size, equal=not shared):
+    for rows in batches([len(p) for p in prompts], batch_size, equal=not ragged):
         places = np.array_split(np.arange(len(rows)), min(len(rows), len(streams())))
-        parts = [_Part(model, at, [list(prompts[row][length:]) for row in rows[at]], prefix, shared) for at in places]
+        parts = [_Part(model, at, [list(prompts[row][length:]) for row in rows[at]], prefix, ragged) for at in places]
         answers: list[list[int]] = [[] for _ in rows]
         limits = np.broadcast_to(max_tokens, len(prompts))[rows]
         ended, kept = np.zeros(len(rows), dtype=bool), None

@@ -5,9 +5,20 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import gemma2
 from mlx_lm.models.cache import make_prompt_cache
 
-from duet_mlx.generate import batches, can_branch, common_prefix, decode, encode_prefix, greedy, pad, stop_ids
+from duet_mlx.generate import (
+    batches,
+    can_branch,
+    common_prefix,
+    decode,
+    encode_prefix,
+    greedy,
+    pad,
+    stop_ids,
+    takes_row_masks,
+)
 from tests.equivalence.tiny import llama, tokenizer
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 2, 3, 7, 8, 9, 10], [1, 2, 9]]
@@ -89,6 +100,17 @@ def test_a_cache_that_rotates_is_not_shared_and_answers_are_the_same():
     assert not can_branch(model) and can_branch(llama())
     prompts = [[1, 2, 3], [4, 5, 6], [1, 2, 3, 4, 5, 6, 7]]
     assert greedy(model, prompts, 5, set()) == [by_argmax(model, p, 5, set()) for p in prompts]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 64])
+def test_where_attention_takes_one_mask_for_all_rows_no_answer_hangs_on_the_other_rows(size):
+    """mlx_lm/models/gemma2.py. As many rows as heads of keys, here two, would fit a mask by row, wrongly."""
+    mx.random.seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, vocab_size=32, query_pre_attn_scalar=1)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    model = gemma2.Model(gemma2.ModelArgs("gemma2", rms_norm_eps=1e-5, **sizes, **heads))
+    assert can_branch(model) and not takes_row_masks(model) and takes_row_masks(llama())
+    assert greedy(model, PROMPTS, 6, {0}, batch_size=size) == [by_argmax(model, p, 6, {0}) for p in PROMPTS]
 
 
 def test_the_prefix_leaves_a_token_to_each():
