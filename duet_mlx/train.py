@@ -157,6 +157,7 @@ def prepare(settings: TrainSettings) -> Prepared:
 
     import mlx.core as mx
 
+    from .generate import can_branch, takes_row_masks
     from .head import check_head
     from .model import load_model, lora_keys, on_gpu
 
@@ -174,6 +175,10 @@ def prepare(settings: TrainSettings) -> Prepared:
         head, reason = None, f"LoRA is asked for on {', '.join(adapted_head)}"
     if head is None:
         print(f"note: full head instead of K rows ({reason})")
+    if not can_branch(model):
+        print("note: each prompt is read whole (a cache that rotates or holds a state cannot be shared)")
+    elif not takes_row_masks(model):
+        print("note: only prompts of one length are decoded together (the attention takes one mask for all rows)")
     path = Path(settings.adapter_path)
     targets, described = saved_or_built(
         path / "targets.safetensors", model, tokenizer, queries, contexts, settings, head
