@@ -11,11 +11,12 @@ OUT     := $(EXAMPLE)/out
 MODEL   := $(EXAMPLE)/SmolLM2-135M-Instruct.Q4_1.gguf
 HELD_OUT := $(wildcard $(EXAMPLE)/data/*_test.jsonl $(EXAMPLE)/reverse_prompts.*)
 PYTEST_ARGS ?=
+WORDS ?=
 
 .DEFAULT_GOAL := help
 # Each step is a stamp that the next one looks at.
 .NOTPARALLEL:
-.PHONY: help install blas model demo demo-paper test quick coverage lint format clean
+.PHONY: help install blas model demo demo-paper test quick coverage mutants lint format clean
 
 help: ## list what can be done
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +92,9 @@ quick: $(VENV)/.dev blas model ## the suite with 20 examples a property
 
 coverage: $(VENV)/.dev blas model ## the suite with branch coverage
 	$(PY) -m pytest --hypothesis-profile ci --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+mutants: $(VENV)/.dev blas ## seed faults one at a time (WORDS='adam rope': those alone), each must fail a test
+	$(PY) -m tests.mutants $(WORDS)
 
 lint: $(VENV)/.dev ## ruff and mypy, as CI runs them
 	$(PY) -m ruff check .

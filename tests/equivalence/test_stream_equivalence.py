@@ -90,3 +90,14 @@ def test_every_query_comes_once_an_epoch_and_the_same_seed_gives_the_same_batche
         assert times.max() - times.min() <= 1
     again = stream.schedule(*roles, settings)
     assert all((a == b).all() for a, b in zip(steps, again, strict=True))
+
+
+def test_another_seed_gives_other_batches() -> None:
+    ones = np.ones((24, 1, 1))
+    targets = Targets(ones, ones, ones > 0, ones[..., 0] > 0, np.zeros((24, 0), dtype=int))
+    stream = Stream([[1]] * 24, targets, 0)
+    orders = [
+        np.concatenate(stream.schedule(np.arange(12), np.arange(12, 24), TrainSettings(iters=16, seed=seed))).tolist()
+        for seed in range(4)
+    ]
+    assert all(one != other for i, one in enumerate(orders) for other in orders[:i])

@@ -192,6 +192,17 @@ def test_lora_sits_on_the_last_layers_and_is_all_that_trains(number, layers):
     np.testing.assert_array_equal(np.array(model(TOKENS)), before)  # B starts at zero
 
 
+def test_lora_adds_its_scale_once():
+    """The formula of mlx_lm/tuner/lora.py, y = W x + scale · (x a) b."""
+    model = llama()
+    add_lora(model, 1, **LORA)
+    layer = model.layers[1].self_attn.q_proj
+    layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    x = mx.random.normal((3, 32), key=mx.random.key(2))
+    expected = layer.linear(x) + LORA["scale"] * (x @ layer.lora_a) @ layer.lora_b
+    np.testing.assert_allclose(np.array(layer(x)), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_every_linear_module_is_adapted_by_default_and_a_router_never():
     attention = [f"self_attn.{name}_proj" for name in "koqv"]
     assert lora_keys(llama()) == sorted([*attention, *(f"mlp.{name}_proj" for name in ("down", "gate", "up"))])
