@@ -77,10 +77,11 @@ def test_each_prompt_has_a_limit_of_its_own():
     assert greedy(model, PROMPTS, limits, {0}, batch_size=3) == expected
 
 
-def test_what_is_kept_are_the_logits_that_each_token_and_the_stop_came_from():
+@pytest.mark.parametrize("size", [3, 64])  # 64: prompts of 5 and 7 tokens are decoded side by side, one padded
+def test_what_is_kept_are_the_logits_that_each_token_and_the_stop_came_from(size):
     model = llama()
     stop = {greedy(model, PROMPTS, 6, set())[0][2]}
-    for batch in decode(model, PROMPTS, 6, stop, batch_size=3, keep=np.array):
+    for batch in decode(model, PROMPTS, 6, stop, batch_size=size, keep=np.array):
         for row, tokens, kept in zip(batch.rows, batch.tokens, batch.kept, strict=True):
             sequence, start = PROMPTS[row] + tokens, len(PROMPTS[row]) - 1
             chosen = len(tokens) + (len(tokens) < 6)  # the stop token is one more
