@@ -188,7 +188,8 @@ def weights_hash(model: nn.Module) -> str:
     for name, array in sorted(tree_flatten(model.parameters())):
         if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b"):
             continue
-        # LoRA wraps a module as `<name>.linear`.
-        digest.update(f"{name.replace('.linear.', '.')} {array.shape} {array.dtype}".encode())
+        # LoRA wraps a module as `<name>.linear`, an embedding as `<name>.embedding`.
+        name = name.replace(".linear.", ".").replace(".embedding.", ".")
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(memoryview(mx.contiguous(array).view(mx.uint8)))
     return digest.hexdigest()

@@ -315,7 +315,9 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
 
     prompts = [render(tokenizer, query.question) for query in queries]
     watched = [render(tokenizer, query.question) for query in valid]
-    prefix = common_prefix(prompts + watched) if can_branch(model) else 0
+    # A checkpointed layer runs again in the backward pass and would add to the prefix's cache a second time.
+    share = can_branch(model) and not settings.grad_checkpoint
+    prefix = common_prefix(prompts + watched) if share else 0
     stream = Stream(prompts, targets, prefix)
     valid_stream = Stream(watched, valid_targets, prefix) if valid_targets else None
     forget = np.array([i for i, q in enumerate(queries) if q.role == "forget"])
