@@ -1,0 +1,85 @@
+"""Numbers that rounding has moved: what float32 may do to a result of the reference, found by running the reference.
+
+To first order a float32 result differs from the exact one by Σ J_i δ_i: δ_i is the rounding error of operation i and
+J_i what the result makes of it. Each δ_i has a known bound b_i. A `Noisy` array moves the result of each operation by
+b_i, up or down at random, so the square of the error that this brings is Σ |J_i|² b_i² on average, and a few runs
+estimate it. If rounding errors are independent and of mean 0, an error beyond λ times the root of that sum has a
+probability below 2 exp(-λ²/2) (Hoeffding; Pinelis where the result is a vector), 3e-14 for λ = 8. That real rounding
+errors are spread below b_i, and not ±b_i, leaves room for what MLX does in two operations and the reference in one.
+
+b_i, in units u = 2^-24 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapters 2 and 3):
+  + - * / √           u |y|, one rounding
+  exp, tanh, sin, cos 8 u |y|, a library's
+  x^t                 u (8 + 4 |ln y|) |y|: by way of exp(t ln x), whose argument is rounded too
+  a sum of s products √s u Σ|a b|: each of the s-1 partial sums is rounded, and is at most Σ|a b|; the products together
+                      make one more. Independent, their variances add up.
+
+References:
+  Parker, "Monte Carlo Arithmetic", 1997 (UCLA CSD-970002).
+  Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41, 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+UNIT = 2.0**-24  # u, the largest relative error of one rounding to float32
+LAMBDA = 8.0
+EXACT = {np.negative, np.positive, np.absolute, np.sign, np.maximum, np.minimum, np.clip}
+LIBRARY = {np.exp, np.tanh, np.sin, np.cos}
+
+
+class Noisy(np.ndarray):
+    """A float64 array whose every operation is followed by random noise of the size of float32's rounding."""
+
+    rng = np.random.default_rng()
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        plain = [np.asarray(x) if isinstance(x, Noisy) else x for x in inputs]
+        if method == "at":
+            return ufunc.at(*plain)
+        result = np.asarray(getattr(ufunc, method)(*plain, **options))
+        if result.dtype == np.float64 and ufunc not in EXACT:
+            size = np.where(np.isfinite(result), UNIT * _roundings(ufunc, method, plain, options, result), 0.0)
+            result = result + np.copysign(size, self.rng.random(result.shape) - 0.5)  # a masked score stays -inf
+        if out is not None:
+            np.asarray(out[0])[...] = result
+            return out[0]
+        return result.view(Noisy) if result.dtype == np.float64 else result
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        result = super().__array_function__(func, types, args, kwargs)
+        return result.view(Noisy) if type(result) is np.ndarray and result.dtype == np.float64 else result
+
+
+def _roundings(ufunc: Any, method: str, inputs: list[Any], options: dict[str, Any], result: np.ndarray) -> Any:
+    """b_i of each entry of `result`, in units u."""
+    size = np.abs(result)
+    if ufunc is np.matmul:
+        return np.sqrt(inputs[0].shape[-1]) * (np.abs(inputs[0]) @ np.abs(inputs[1]))
+    if method == "reduce":
+        return np.sqrt(inputs[0].size / max(1, result.size)) * np.add.reduce(np.abs(inputs[0]), **options)
+    if ufunc is np.power:
+        return (8 + 4 * np.abs(np.log(size, out=np.zeros_like(size), where=size > 0))) * size
+    return 8 * size if ufunc in LIBRARY else size
+
+
+def noisy(tree: Any) -> Any:
+    """The same dictionaries and named tuples, with `Noisy` for each array of float64."""
+    if isinstance(tree, dict):
+        return {key: noisy(value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*map(noisy, tree))
+    return tree.view(Noisy) if isinstance(tree, np.ndarray) and tree.dtype == np.float64 else tree
+
+
+def rounding_bounds(compute: Callable[[], dict[Any, Any]], exact: dict[Any, Any], runs: int = 4) -> dict[Any, float]:
+    """λ times the root mean square, over some runs with noise, of the distance to each result, taken as one vector."""
+    squares = dict.fromkeys(exact, 0.0)
+    for _ in range(runs):
+        for name, value in compute().items():
+            squares[name] += ((np.asarray(value) - exact[name]) ** 2).sum() / runs
+    return {name: LAMBDA * float(np.sqrt(square)) for name, square in squares.items()}
