@@ -10,10 +10,12 @@ References:
   Min-K%: Shi et al., "Detecting Pretraining Data from Large Language Models", 2023 (arXiv 2310.16789).
   KS: Hodges, "The significance probability of the Smirnov two-sample test", 1958.
   Bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+  Sign flips: Good, "Permutation, Parametric and Bootstrap Tests of Hypotheses", 2005.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -279,3 +281,16 @@ def summarise(
     picks = np.random.default_rng(seed).integers(n, size=(resamples, n))
     means = [values[pick].mean() for pick in picks]
     return float(values.mean()), [float(np.quantile(means, q)) for q in (0.025, 0.975)], n
+
+
+def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
+    """Two-sided p-value of the mean difference of two models' scores on the same questions, by all sign flips.
+
+    If the models were equal, each difference could as well have the other sign: the share of the 2^n patterns whose
+    sum is as far from 0. With many questions the backend draws patterns instead.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    seen = abs(sum(differences)) - 1e-12 * sum(map(abs, differences))  # ties, but for rounding
+    patterns = itertools.product((1, -1), repeat=len(differences))
+    sums = [sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in patterns]
+    return sum(abs(total) >= seen for total in sums) / len(sums)

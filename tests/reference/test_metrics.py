@@ -245,6 +245,24 @@ def test_performance_shift_gives_the_papers_last_column(after: tuple[float, ...]
     assert ref.performance_shift(pairs[:2], pairs[2:]) == pytest.approx(shift, abs=0.005)
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=7))
+@example([(1, 1)])
+@example([(3, 0)] * 6)
+def test_the_paired_p_value_is_scipys_over_all_sign_flips(pairs: list[tuple[int, int]]) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    first, second = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))
+    ours = ref.paired_p_value(first, second)
+    if len(pairs) == 1:  # scipy takes none; a question alone can go either way
+        assert ours == 1.0
+        return
+
+    def difference(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean(a - b, axis=axis)
+
+    theirs = stats.permutation_test((first, second), difference, permutation_type="samples", n_resamples=np.inf)
+    assert ours == pytest.approx(theirs.pvalue)
+
+
 # --- the same definitions in the backend -------------------------------------------------------------------
 
 
