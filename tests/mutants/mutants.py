@@ -456,6 +456,42 @@ BACKEND = (
         "values[list(word)].mean()",
         "tests/unit/test_evaluate.py::test_the_mean_over_words_is_of_their_tokens_products",
     ),
+    # --- the baselines' losses
+    Mutant(
+        "duet_mlx/baselines.py",
+        "NPO on the mean log-likelihood, as SimNPO has it",
+        "softplus(-beta * (answer_nll(answers) - reference_nll))",
+        "softplus(-beta * (mean_nll(answers) - reference_nll))",
+        "tests/equivalence/test_methods_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/baselines.py",
+        "the log-likelihood is of raw logits",
+        "    return shifted - mx.logsumexp(shifted, axis=-1, keepdims=True)",
+        "    return shifted",
+        "tests/equivalence/test_methods_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/baselines.py",
+        "FLAT's mean probability counts padding, each position as 1",
+        "probs = mx.where(answers.mask, mx.exp(token_log_probs(answers)), 0)",
+        "probs = mx.exp(token_log_probs(answers))",
+        "tests/equivalence/test_methods_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/baselines.py",
+        "a mean over all positions, prompt and padding included",
+        "return mx.maximum(mask.sum(axis=-1), 1)",
+        "return mx.maximum(mx.ones_like(mask).sum(axis=-1), 1)",
+        "tests/equivalence/test_methods_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/baselines.py",
+        "UNDIAL lifts the answer's logit instead of lowering it",
+        "reference_logits - beta, reference_logits)",
+        "reference_logits + beta, reference_logits)",
+        "tests/equivalence/test_methods_equivalence.py",
+    ),
 )
 
 MUTANTS = (*REFERENCE, *BACKEND)

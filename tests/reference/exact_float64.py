@@ -1,9 +1,9 @@
 """Makes mx.float64 on the CPU what its name says, for tests that compare it with NumPy.
 
-In MLX 0.32 exp, sin, cos, sigmoid, softmax and all of `mx.fast` have float32's accuracy (about 1e-7) in a
-float64 array, whereas products, sums, tanh, power, sqrt are exact to float64. Inside `exact_float64()` the
-former are written with the latter. Arrays of other dtypes go to MLX's own functions. Compile nothing before
-that is used inside: a compiled function keeps what it once traced.
+In MLX 0.32 exp, sin, cos, sigmoid, softmax, logsumexp, logaddexp and all of `mx.fast` have float32's accuracy (about
+1e-7) in a float64 array, whereas products, sums, tanh, power, sqrt, log are exact to float64. Inside
+`exact_float64()` the former are written with the latter. Arrays of other dtypes go to MLX's own functions. Compile
+nothing before that is used inside: a compiled function keeps what it once traced.
 """
 
 from __future__ import annotations
@@ -32,6 +32,20 @@ def sigmoid(x: mx.array) -> mx.array:
 def softmax(x: mx.array, axis: Any = None, **_: Any) -> mx.array:
     p = exp(x - mx.stop_gradient(x.max(axis=axis, keepdims=True)))
     return p / p.sum(axis=axis, keepdims=True)
+
+
+def logsumexp(x: mx.array, axis: Any = None, keepdims: bool = False) -> mx.array:
+    most = mx.stop_gradient(x.max(axis=axis, keepdims=True))
+    total = mx.log(exp(x - most).sum(axis=axis, keepdims=True)) + most
+    return total if keepdims else total.squeeze(axis)
+
+
+def logaddexp(a: mx.array, b: mx.array) -> mx.array:
+    low, high = mx.minimum(a, b), mx.maximum(a, b)
+    value = mx.stop_gradient(high + mx.log1p(exp(low - high)))
+    # Its gradient by hand: that of the maximum knows no middle where a = b.
+    by_a, by_b = (mx.stop_gradient(exp(x - value)) for x in (a, b))
+    return value + by_a * (a - mx.stop_gradient(a)) + by_b * (b - mx.stop_gradient(b))
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **_: Any) -> mx.array:
@@ -89,6 +103,7 @@ def exact_float64() -> Iterator[None]:
     places = [(mx.fast, "rms_norm", rms_norm), (mx.fast, "rope", rope)]
     places += [(mx.fast, "scaled_dot_product_attention", attend)]
     places += [(mx, "exp", exp), (mx, "sigmoid", sigmoid), (mx, "softmax", softmax)]
+    places += [(mx, "logsumexp", logsumexp), (mx, "logaddexp", logaddexp)]
     places += [(nn, "silu", lambda x: x * sigmoid(x))]
     models = [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
     swiglu = activations.swiglu
