@@ -5,7 +5,7 @@ import json
 import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Query:
-    """One question; `role` and `id` together name it. `context` names the teacher's, None the first one."""
+    """One question; `role` and `id` together name it. `context` names the teacher's, None the first one.
+
+    `place` is file:line, for messages; the question is the same wherever it stands.
+    """
 
     id: str
     question: str
@@ -25,6 +28,7 @@ class Query:
     context: str | None = None
     answer: str | tuple[str, ...] | None = None
     choices: tuple[str, ...] | None = None
+    place: str = field(default="", compare=False, repr=False)
 
 
 def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
@@ -47,7 +51,7 @@ def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
     for path in files:
         # The stem makes a short id; two files of the same stem need their whole paths to be told apart.
         prefix = path.stem if stems.count(path.stem) == 1 else str(path)
-        for line, record in _records(path):
+        for line, record in read_jsonl(path):
             place = f"{path}:{line}"
             query = _query(record, role, f"{prefix}:{line}", place)
             if query.id in seen_ids:
@@ -61,6 +65,19 @@ def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
     if repeats:
         log.warning("%d repeated %s question(s) dropped, the first: %s", len(repeats), role, repeats[0])
     return queries
+
+
+def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, JSON object) of each line that is not blank. Raises DataError with file:line."""
+    try:
+        # LF alone: JSON strings may hold U+2028 and other signs that str.splitlines() takes for line ends.
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(_unreadable(path, error)) from error
+    records = [(n, _record(path, n, line)) for n, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise DataError(f'{path}: the file is empty; expected one {{"question": "…"}} a line')
+    return records
 
 
 def check_disjoint(forget: Iterable[Query], retain: Iterable[Query]) -> None:
@@ -111,19 +128,6 @@ def _no_file_twice(files: list[Path], role: str) -> None:
             raise DataError(f"{path}: given twice for {role} questions (as {first}); name it once")
 
 
-def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number from 1, JSON object) of each line that is not blank."""
-    try:
-        # LF alone: JSON strings may hold U+2028 and other signs that str.splitlines() takes for line ends.
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(_unreadable(path, error)) from error
-    records = [(n, _record(path, n, line)) for n, line in enumerate(lines, 1) if line.strip()]
-    if not records:
-        raise DataError(f'{path}: the file is empty; expected one {{"question": "…"}} a line')
-    return records
-
-
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     place = f"{path}:{number}"
     try:
@@ -165,6 +169,7 @@ def _query(record: dict[str, Any], role: str, default_id: str, place: str) -> Qu
         context=None if context is None else _text(context, "context", place),
         answer=None if answer is None else answer_reader(answer, "answer", place),
         choices=None if choices is None else _texts(choices, "choices", place),
+        place=place,
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import file_hash
-from .errors import ConfigError, DataError, run_cli
+from .data import file_hash, read_jsonl
+from .errors import ConfigError, DataError, TrainingError, run_cli
 from .metrics import BY_KEY, FORGET, GENERAL, METRICS, NEIGHBOURS
 
 Row = dict[str, Any]
@@ -40,9 +41,9 @@ def load_beside(specs: Sequence[str], taken: Sequence[str]) -> list[Row]:
     names = list(taken)
     for spec in specs:
         name, equals, path = spec.partition("=")
-        if not (equals and name.strip() and path):
-            raise ConfigError(f"--beside {spec}: expected NAME=results.json")
         name = name.strip()
+        if not (equals and name and name.isprintable() and path):
+            raise ConfigError(f"--beside {spec!r}: expected NAME=results.json, the name on one line")
         if name in names:
             raise ConfigError(f"--beside {spec}: there is a column {name!r} already; choose another name")
         names.append(name)
@@ -54,18 +55,53 @@ def load_beside(specs: Sequence[str], taken: Sequence[str]) -> list[Row]:
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
-    """A results.json, checked for the parts that a table needs. Raises DataError."""
+    """A results.json whose rows a table and a picture can be made of. Raises DataError naming file and row."""
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     rows = results.get("rows") if isinstance(results, dict) else None
-    wanted = {"model", "group", "metric", "value", "n"}
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
-        raise DataError(f'{path}: not a results.json: expected "rows", each with {", ".join(sorted(wanted))}')
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f'{path}: not a results.json: expected "rows" and at least one of them')
+    for number, row in enumerate(rows, 1):
+        if fault := _fault(row):
+            raise DataError(f"{path}: row {number} of rows: {fault}; duet_mlx.evaluate writes no such row")
     return results
+
+
+def _fault(row: Any) -> str:
+    """What is wrong with a row of results.json; '' where nothing is."""
+    if not isinstance(row, dict):
+        return f"expected model, group, metric, value and n, found {row!r:.60}"
+    for key in ("model", "group", "metric"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            return f"{key}: expected a name, found {row.get(key)!r:.60}"
+    if row.get("value", "nothing") is not None and not _is_number(row.get("value")):
+        return f"value: expected a number or null, found {row.get('value', 'nothing')!r:.60}"
+    if not isinstance(row.get("n"), int) or isinstance(row["n"], bool) or row["n"] < 0:
+        return f"n: expected a number of questions, found {row.get('n')!r:.60}"
+    interval = row.get("ci")
+    if interval is None or (isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))):
+        return ""
+    return f"ci: expected null or [low, high], found {interval!r:.60}"
+
+
+def _is_number(value: Any) -> bool:
+    """Python's JSON reads NaN, Infinity and whole numbers of any length too; those are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def load_samples(path: Path) -> list[dict[str, Any]]:
+    """A samples.jsonl. Raises DataError with file:line for a line that cannot be shown."""
+    samples = []
+    for line, sample in read_jsonl(path):
+        for key in ("id", "group", "question", "model", "answer"):
+            if not isinstance(sample.get(key), str):
+                raise DataError(f"{path}:{line}: {key}: expected text, found {sample.get(key)!r:.60}")
+        samples.append(sample)
+    return samples
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -134,7 +170,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     """The same table in Markdown, with the legend under it."""
     rows = results["rows"]
     models = _models(rows)
-    out = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    out = ["| | " + " | ".join(model.replace("|", "\\|") for model in models) + " |", "|---" * (len(models) + 1) + "|"]
     for label, cells in _lines(rows):
         text = label.strip() if cells else f"**{label}**"
         out.append(f"| {text} | " + " | ".join(cells or [""] * len(models)) + " |")
@@ -150,6 +186,8 @@ def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:
     for key in by_question:
         groups.setdefault(key[0], []).append(key)
     plain = [group for group in (FORGET, GENERAL, NEIGHBOURS) if group in groups]
+    if not plain:
+        return ""
     chosen: list[tuple[str, str]] = []
     for place in range(count):
         group = plain[max(0, place - 1) % len(plain)]
@@ -196,7 +234,11 @@ SHORT = {
 
 
 def picture(results: dict[str, Any], path: str | Path) -> None:
-    """Write the picture: forgetting against retention, and bars of the measures, without need of colour."""
+    """Write the picture, whole or not at all: forgetting against retention, and bars of the measures.
+
+    Raises:
+        TrainingError: no room, or no permission.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed, and none is looked for
@@ -210,9 +252,22 @@ def picture(results: dict[str, Any], path: str | Path) -> None:
         _scatter(axes[0, 0], rows, models, kept)
     _bars(axes[0, -1], rows, models)
     figure.tight_layout()
-    # No software version or date inside: the same figures give the same bytes.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # No software version or date inside: the same figures give the same bytes.
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        plt.close(figure)
+
+
+def _legend_name(model: str) -> str:
+    """The name as it is: matplotlib would read $…$ as a formula, and leaves names out that begin with _."""
+    return (" " if model.startswith("_") else "") + model.replace("$", r"\$")
 
 
 def _error(row: Row) -> tuple[list[float], list[float]]:
@@ -242,7 +297,7 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], kept: Sequence[str])
                 markerfacecolor="black" if group == GENERAL else "white",
                 ecolor="0.6",
                 capsize=3,
-                label=f"{model}, {group}",
+                label=f"{_legend_name(model)}, {group}",
             )
         if {"base", "unlearned"} <= points.keys():
             axis.annotate(
@@ -286,7 +341,7 @@ def _bars(axis: Any, rows: Cells, models: Sequence[str]) -> None:
                 edgecolor="black",
                 linewidth=0.6,
                 error_kw={"ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5},
-                label=None if model in labelled else model,
+                label=None if model in labelled else _legend_name(model),
             )
             labelled.add(model)
             # The figure too: a bar of length 0 and one that is missing look alike.
@@ -318,8 +373,7 @@ def show(results: dict[str, Any], samples: Path | None = None) -> None:
     """Print the table, and a few answers side by side from samples.jsonl where there is one."""
     print(format_table(results["rows"]))
     if samples is not None and samples.is_file():
-        lines = samples.read_text(encoding="utf-8").split("\n")
-        print(side_by_side([json.loads(line) for line in lines if line.strip()]))
+        print(side_by_side(load_samples(samples)))
 
 
 def main() -> None:

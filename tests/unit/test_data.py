@@ -42,6 +42,12 @@ def test_several_files_are_read_in_order_and_one_path_may_stand_alone(write):
     assert [q.id for q in load_queries(one, "forget")] == ["one:1"]
 
 
+def test_each_question_knows_its_file_and_line_and_is_the_same_wherever_it_stands(write):
+    one, two = load_queries(write(f"{ask('A?')}\n\n{ask('B?')}"), "forget")
+    assert [one.place.rpartition("/")[2], two.place.rpartition("/")[2]] == ["q.jsonl:1", "q.jsonl:3"]
+    assert one == Query("q:1", "A?", "forget")
+
+
 def test_files_of_the_same_name_in_two_folders_have_different_ids(write, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

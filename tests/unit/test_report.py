@@ -127,11 +127,100 @@ def test_a_wrong_beside_is_refused(spec):
         report.load_beside([spec], ("base",))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"rows": 1}', '{"rows": [{"model": "unlearned"}]}', '{"rows": []}'])
+GOOD_ROW = row("unlearned", "forget", "recall", 0.5)
+BAD_ROWS = {
+    "no row": "none",
+    "no model": {**GOOD_ROW, "model": None},
+    "a blank group": {**GOOD_ROW, "group": " "},
+    "no metric": {key: GOOD_ROW[key] for key in GOOD_ROW if key != "metric"},
+    "no value": {key: GOOD_ROW[key] for key in GOOD_ROW if key != "value"},
+    "a value in words": {**GOOD_ROW, "value": "0.5"},
+    "a list of values": {**GOOD_ROW, "value": [0.5]},
+    "NaN": {**GOOD_ROW, "value": float("nan")},
+    "no n": {key: GOOD_ROW[key] for key in GOOD_ROW if key != "n"},
+    "half a question": {**GOOD_ROW, "n": 1.5},
+    "half an interval": {**GOOD_ROW, "ci": [0.1]},
+    "an interval without end": {**GOOD_ROW, "ci": [0.1, float("inf")]},
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_that_cannot_be_shown_is_refused_by_number(case, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [GOOD_ROW, BAD_ROWS[case]]}))
+    with pytest.raises(DataError, match=r"r\.json: row 2 of rows: .*expected"):
+        report.load_results(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"rows": 1}', '{"rows": []}', "[" * 100_000, b"\xff"], ids=range(7)
+)
 def test_a_file_that_is_no_results_json_is_refused(content, tmp_path):
-    (tmp_path / "r.json").write_text(content)
-    with pytest.raises(DataError, match="r.json"):
+    (tmp_path / "r.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=r"r\.json"):
         report.load_beside([f"paper={tmp_path / 'r.json'}"], ())
+
+
+def test_a_results_json_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [GOOD_ROW]}), encoding="utf-8-sig")
+    assert report.load_results(tmp_path / "r.json")["rows"] == [GOOD_ROW]
+
+
+NAMES = (r"$\foo$", "a_{b}$^", "_hidden", "50 % | more")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_column_is_shown_as_it_is(name, results, tmp_path, monkeypatch):
+    from matplotlib.legend import Legend
+
+    named = []
+    monkeypatch.setattr(
+        Legend,
+        "__init__",
+        lambda self, parent, handles, labels, init=Legend.__init__, **options: (
+            named.extend(labels) or init(self, parent, handles, labels, **options)
+        ),
+    )
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    results["rows"] += report.load_beside([f"{name}={tmp_path / 'r.json'}"], ("base", "unlearned"))
+    report.picture(results, tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    assert named.count(report._legend_name(name)) == 1
+    lines = [line for line in report.markdown_table(results).splitlines() if line.startswith("|")]
+    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m"])
+def test_a_name_that_would_break_the_table_is_refused(name):
+    with pytest.raises(ConfigError, match="one line"):
+        report.load_beside([f"{name}=r.json"], ())
+
+
+SAMPLE = ("id", "group", "question", "model", "answer")
+BAD_SAMPLES = {
+    "empty": ("", "empty"),
+    "cut off": (json.dumps(dict.fromkeys(SAMPLE, "x")) + '\n{"id', ":2: not JSON"),
+    "a list": ("[]\n", ":1: expected an object"),
+    "no answer": ('{"id": "q", "group": "forget", "question": "Who?", "model": "base"}\n', ":1: answer: expected text"),
+    "a number": (
+        '{"id": 7, "group": "forget", "question": "Who?", "model": "base", "answer": ""}\n',
+        ":1: id: expected text, found 7",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content, message", BAD_SAMPLES.values(), ids=BAD_SAMPLES)
+def test_damaged_samples_are_named_by_line_and_the_table_is_shown_all_the_same(
+    content, message, results, tmp_path, capsys
+):
+    (tmp_path / "samples.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"samples\.jsonl.*" + message):
+        report.show(results, tmp_path / "samples.jsonl")
+    assert "recall of the base's answer" in capsys.readouterr().out
+
+
+def test_samples_of_groups_unknown_here_are_not_shown():
+    one = [{"id": "q", "group": "another", "question": "Who?", "model": "base", "answer": ""}]
+    assert report.side_by_side(one) == ""
 
 
 def test_the_command_prints_the_table_or_markdown(results, tmp_path):
