@@ -272,13 +272,43 @@ def block(
 # --- the model ----------------------------------------------------------------------------------------------
 
 
+def hidden_states(
+    model: Model, tokens: Array, gradients: Tree, cache: list[KeysValues] | None = None, count: int | None = None
+) -> tuple[Array, list[KeysValues], Callable[..., list[KeysValues]]]:
+    """What the first `count` layers (None: all) make of tokens [B, S]: [B, S, D], before the last norm.
+
+    A loss on hidden states (RMU) starts its backward here, and so the layers above get no gradient.
+
+    Args:
+        cache: of the P tokens before these, layer by layer; one row serves the whole batch.
+
+    Returns:
+        [B, S, D]; the cache with these tokens in it; `backward(by_x, by_later=None)`, which gives the gradient
+        of the cache that came in (see `forward`).
+    """
+    x = model.config.embedding_scale * model.weights["model.embed_tokens.weight"][tokens]  # [B, S] -> [B, S, D]
+    blocks: list[LayerBackward] = []
+    filled: list[KeysValues] = []
+    while len(blocks) != count and f"model.layers.{len(blocks)}.input_layernorm.weight" in model.weights:
+        past = None if cache is None else cache[len(blocks)]
+        x, keys_values, block_back = block(model, f"model.layers.{len(blocks)}", x, past, gradients)
+        blocks.append(block_back)
+        filled.append(keys_values)
+
+    def backward(by_x: Array, by_later: list[KeysValues] | None = None) -> list[KeysValues]:
+        by_cache = []
+        for layer, block_back in reversed(list(enumerate(blocks))):
+            by_x, by_past = block_back(by_x, None if by_later is None else by_later[layer])
+            by_cache.append(by_past)
+        return by_cache[::-1]
+
+    return x, filled, backward
+
+
 def forward(
     model: Model, tokens: Array, cache: list[KeysValues] | None = None
 ) -> tuple[Array, list[KeysValues], Callable[..., tuple[Tree, list[KeysValues]]]]:
     """Logits [B, S, V] of tokens [B, S], the cache with them in it, and `backward`.
-
-    Args:
-        cache: of the P tokens before these, layer by layer; one row serves the whole batch.
 
     Returns:
         `backward(by_logits [B, S, V], by_later=None)` gives the gradients of all LoRA factors, by name, and
@@ -286,28 +316,17 @@ def forward(
         the batch if one row served all) to the backward of the call that made it, and add up the former.
     """
     c, w, gradients = model.config, model.weights, Tree()
-    embedding = w["model.embed_tokens.weight"]  # [V, D]
-    x = c.embedding_scale * embedding[tokens]  # [B, S] -> [B, S, D]
-    blocks: list[LayerBackward] = []
-    filled: list[KeysValues] = []
-    while f"model.layers.{len(blocks)}.input_layernorm.weight" in w:
-        past = None if cache is None else cache[len(blocks)]
-        x, keys_values, block_back = block(model, f"model.layers.{len(blocks)}", x, past, gradients)
-        blocks.append(block_back)
-        filled.append(keys_values)
+    x, filled, layers_back = hidden_states(model, tokens, gradients, cache)
     x, norm_back = rms_norm(x, w["model.norm.weight"], c.epsilon)
     if "lm_head.weight" in w:
         logits, head_back = linear(model, "lm_head", x, gradients)  # [B, S, D] -> [B, S, V]
     else:
-        logits, head_back = x @ embedding.T, lambda by_y: by_y @ embedding  # tied
+        embedding = w["model.embed_tokens.weight"]  # [V, D], tied
+        logits, head_back = x @ embedding.T, lambda by_y: by_y @ embedding
     logits, cap_back = softcap(c.logit_scale * logits, c.logit_softcap)
 
     def backward(by_logits: Array, by_later: list[KeysValues] | None = None) -> tuple[Tree, list[KeysValues]]:
-        by_x = norm_back(head_back(c.logit_scale * cap_back(by_logits)))
-        by_cache = []
-        for layer, block_back in reversed(list(enumerate(blocks))):
-            by_x, by_past = block_back(by_x, None if by_later is None else by_later[layer])
-            by_cache.append(by_past)
-        return gradients, by_cache[::-1]
+        by_cache = layers_back(norm_back(head_back(c.logit_scale * cap_back(by_logits))), by_later)
+        return gradients, by_cache
 
     return logits, filled, backward

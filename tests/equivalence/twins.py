@@ -21,7 +21,7 @@ from duet_mlx.teacher import Targets
 from duet_mlx.train import TrainSettings
 from reference import context as ref_context
 from reference import duet, lora, transformer
-from reference.quantize import BITS, Packed
+from reference.quantize import BITS, GROUP_SIZES, Packed
 from tests.equivalence.tiny import VOCABULARY, tokenizer
 
 TOKENIZER = tokenizer()
@@ -60,6 +60,13 @@ class Tiny(NamedTuple):
     bits: int
     group_size: int
     seed: int
+
+    @property
+    def roundings(self) -> int:
+        """Of a logit, as in tiny.py: in each layer 5 products in a row of at most D + F terms, and the head."""
+        sizes = self.arguments
+        width = sizes["hidden_size"]
+        return sizes["num_hidden_layers"] * 5 * (width + sizes["intermediate_size"]) + width
 
     def packed(self) -> nn.Module:
         """In MLX, every matrix quantized, the rest float32."""
@@ -105,14 +112,15 @@ class Tiny(NamedTuple):
 
 @st.composite
 def tiny_models(draw: Any) -> Tiny:
-    """2 or 3 layers, D = 32 or 64, and whatever a family leaves open. Constants are such that float32 holds them."""
+    """2 or 3 layers, D from 32 to 128, and whatever a family leaves open. All constants are exact in float32."""
     family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "granite", "capped"]))
-    width = draw(st.sampled_from([32, 64]))
-    heads = 4 if family == "qwen3" else width // 16  # 16 wide each; in Qwen3 together wider than D
+    width = draw(st.sampled_from(GROUP_SIZES))  # so that a group may be as wide as the model
+    heads = max(4 if family == "qwen3" else 2, width // 16)  # 16 wide each; Qwen3's are wider than D = 32 together
     kv_heads = draw(st.sampled_from([h for h in (1, 2, 4) if h <= heads]))
     base = draw(st.sampled_from([100.0, 10000.0]))
     arguments: dict[str, Any] = dict(
-        model_type=family, hidden_size=width, num_hidden_layers=draw(st.integers(2, 3)), intermediate_size=64,
+        model_type=family, hidden_size=width, num_hidden_layers=draw(st.integers(2, 3)),
+        intermediate_size=max(64, width),
         num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-5, vocab_size=VOCABULARY,
         tie_word_embeddings=draw(st.booleans()), max_position_embeddings=256, rope_theta=base,
     )  # fmt: skip
@@ -132,7 +140,7 @@ def tiny_models(draw: Any) -> Tiny:
         config = config._replace(attention_scale=0.125, embedding_scale=3.0, logit_scale=0.5)
     elif family == "capped":
         config = config._replace(attention_scale=0.5, attention_softcap=3.0, logit_softcap=5.0)
-    bits, group_size = draw(st.sampled_from(BITS)), draw(st.sampled_from([32, width]))
+    bits, group_size = draw(st.sampled_from(BITS)), draw(st.sampled_from([g for g in GROUP_SIZES if g <= width]))
     return Tiny(module, arguments, config, bits, group_size, draw(st.integers(0, 2**32)))
 
 

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 
-from reference import lora
+from reference import baselines, lora
 from reference import transformer as ref
 from reference.quantize import Packed
 from tests.reference.exact_float64 import exact_float64
@@ -177,6 +177,20 @@ def loss_of(model: ref.Model, tokens: np.ndarray, by_logits: np.ndarray):
     return value
 
 
+def assert_slopes(value: Any, arrays: dict[str, np.ndarray], gradients: dict[str, np.ndarray], rng: Any) -> None:
+    """Finite differences of `value` along a random direction in each array; without a gradient, the slope is 0."""
+    for name, array in arrays.items():
+        direction = rng.normal(size=array.shape)
+        direction /= np.linalg.norm(direction)
+
+        def along(step: float, name: str = name, direction: np.ndarray = direction) -> float:
+            return value(arrays | {name: arrays[name] + step * direction})
+
+        gradient, step = gradients.get(name, np.zeros_like(array)), STEP / 4
+        error = abs(numerical_slope(along, step) - (gradient * direction).sum())
+        assert error <= 1e-6 * np.linalg.norm(gradient) + rounding(along(0.0), step), name
+
+
 @every_family
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=5)
@@ -186,18 +200,9 @@ def test_the_gradient_of_each_array_agrees_with_finite_differences(family: str, 
     rng = np.random.default_rng(seed)
     tokens, by_logits = rng.permutation(V)[None, :3], rng.normal(size=(1, 3, V))  # equal tokens: slope 0
     gradients, _ = ref.forward(model, tokens)[2](by_logits)
-    arrays, value = lora.parameters(model.adapters), loss_of(model, tokens, by_logits)
+    arrays = lora.parameters(model.adapters)
     assert gradients.keys() == arrays.keys()
-    for name, array in arrays.items():
-        direction = rng.normal(size=array.shape)
-        direction /= np.linalg.norm(direction)
-
-        def along(step: float, name: str = name, direction: np.ndarray = direction) -> float:
-            return value(arrays | {name: arrays[name] + step * direction})
-
-        step = STEP / 4
-        error = abs(numerical_slope(along, step) - (gradients[name] * direction).sum())
-        assert error <= 1e-6 * np.linalg.norm(gradients[name]) + rounding(along(0.0), step), name
+    assert_slopes(loss_of(model, tokens, by_logits), arrays, gradients, rng)
 
 
 @given(seed=st.integers(0, 2**32))
@@ -224,6 +229,40 @@ def test_every_entry_of_a_small_models_gradient_agrees_with_finite_differences(s
     arrays, value = lora.parameters(adapters), loss_of(model, tokens, by_logits)
     for name, array in arrays.items():
         assert_gradient(lambda a, name=name: value(arrays | {name: a}), array, gradients[name])
+
+
+@every_family
+def test_a_loss_on_hidden_states_reaches_the_layers_below_and_none_above(family: str) -> None:
+    """RMU behind layer 0: its gradient by each array agrees with finite differences, the state is mlx-lm's."""
+    theirs, model = twins(family, 3, rank=1)
+    rng = np.random.default_rng(3)
+    forget, retain = (rng.permutation(V)[None, :4] for _ in range(2))
+    mask = np.ones((1, 4), dtype=bool)
+    constants = rng.normal(size=(1, 4, D)), mask, baselines.rmu_direction(D, 0)
+
+    def states(arrays: dict[str, np.ndarray], tokens: np.ndarray, gradients: dict) -> tuple:
+        moved = model._replace(adapters=lora.updated(model.adapters, arrays))
+        return ref.hidden_states(moved, tokens, gradients, count=1)
+
+    def value(arrays: dict[str, np.ndarray]) -> tuple:
+        of_forget, of_retain = (states(arrays, tokens, {})[0] for tokens in (forget, retain))
+        return baselines.rmu(of_forget, mask, of_retain, *constants, alpha=3.0)
+
+    arrays, found = lora.parameters(model.adapters), []
+    _, *by_states = value(arrays)
+    for tokens, by_state in zip((forget, retain), by_states, strict=True):
+        gradients: dict[str, np.ndarray] = {}
+        states(arrays, tokens, gradients)[2](by_state)
+        found.append(gradients)
+    assert found[0].keys() == {name for name in arrays if name.startswith("model.layers.0.")}
+    total = {name: found[0][name] + found[1][name] for name in found[0]}
+    assert_slopes(lambda moved: value(moved)[0], arrays, total, rng)
+
+    with exact_float64():
+        layer, embedded = theirs.layers[0], theirs.model.embed_tokens(mx.array(forget))
+        expected = np.array(layer(model.config.embedding_scale * embedded, "causal"))
+    state = states(arrays, forget, {})[0]
+    np.testing.assert_allclose(state, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
 
 
 def test_a_layer_without_lora_is_one_whose_b_is_zero_and_has_no_gradient() -> None:
