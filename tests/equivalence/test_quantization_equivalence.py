@@ -74,3 +74,35 @@ def test_gathered_rows_of_a_quantized_head_are_the_references(
         if bias is not None:
             np.testing.assert_array_equal(np.array(bias), np.array(head.bias)[ids])
     assert unpack(full[0], bits).max() < 2**bits
+
+
+@pytest.mark.parametrize("bits", BITS)
+@given(
+    data=st.data(),
+    group_size=st.sampled_from(GROUP_SIZES),
+    dtype=st.sampled_from([mx.float32, mx.float16]),
+    seed=st.integers(0, 99),
+)
+def test_a_quantized_product_is_that_of_the_references_weights(
+    bits: int, data: Any, group_size: int, dtype: Any, seed: int
+) -> None:
+    """x Wᵀ with W packed, as on a GPU. Each weight scale · code + bias has two roundings, its product with x one, the
+    D sums one each, all in the dtype (MLX's CPU kernel sums there) and of Σ |x| (|scale| code + |bias|).
+
+    No bfloat16: at D = 256 so many roundings of 2^-8 bound nothing.
+    """
+    weight = np.clip(data.draw(weights(group_size)), -30, 30)  # float16 ends at 65,504
+    packed = quantize(weight, group_size, bits)
+    x = mx.array(np.random.default_rng(seed).normal(size=(3, weight.shape[1]))).astype(dtype)
+    words, *pair = (mx.array(part) for part in packed)
+    scales, biases = (part.astype(dtype) for part in pair)
+    got = mx.quantized_matmul(x, words, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    assert got.dtype == dtype
+    inputs = [np.array(a).astype(np.float64) for a in (x, scales, biases)]
+    expected, size = (
+        x64 @ dequantize(packed[0], scales64, biases64, group_size, bits).T
+        for x64, scales64, biases64 in (inputs, [abs(a) for a in inputs])
+    )
+    ku = (weight.shape[1] + 3) * (2.0**-24 if dtype == mx.float32 else 2.0**-11)
+    underflow = (weight.shape[1] + 3) * 2.0**-25 if dtype == mx.float16 else 0.0  # half its smallest step, each time
+    assert (np.abs(np.array(got) - expected) <= ku / (1 - ku) * size + underflow).all()
