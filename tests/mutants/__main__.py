@@ -56,12 +56,13 @@ def mutated(source: str, mutant: Mutant) -> str:
 def main(words: list[str]) -> int:
     """Try the mutants that these words choose; returns the exit code."""
     chosen = [m for m in MUTANTS if not words or any(word in f"{m.file}: {m.wrong}" for word in words)]
+    width = max((len(f"{m.file}: {m.wrong}") for m in chosen), default=0)
+    killers: list[str | None] = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each waits for a pytest of its own
         tried = pool.map(lambda mutant: run(mutant.tests.split(), mutant), chosen)
-        killers = list(tqdm(tried, total=len(chosen), unit="mutant"))
-    width = max((len(f"{m.file}: {m.wrong}") for m in chosen), default=0)
-    for mutant, killer in zip(chosen, killers, strict=True):
-        print(f"{f'{mutant.file}: {mutant.wrong}':{width}} -> {killer or 'SURVIVED'}")
+        for mutant, killer in zip(chosen, tqdm(tried, total=len(chosen), unit="mutant"), strict=True):
+            tqdm.write(f"{f'{mutant.file}: {mutant.wrong}':{width}} -> {killer or 'SURVIVED'}")
+            killers.append(killer)
     killing = sorted({killer for killer in killers if killer})
     if killing and (broken := run(killing)):
         sys.exit(f"{broken} fails without any fault, so it proves nothing")

@@ -1,0 +1,49 @@
+"""A training step as `mx.compile` fuses it, which the CPU's loop never does, against the step as it is written."""
+
+from __future__ import annotations
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from duet_mlx.model import on_gpu
+from duet_mlx.stream import Stream
+from duet_mlx.train import TrainSettings, duet_loss, make_optimizer, make_step
+from tests.equivalence.test_invariants import random_targets, rounding, student
+
+
+@pytest.mark.skipif(not on_gpu() and not shutil.which("g++"), reason="on CPU, mx.compile calls g++")
+def test_a_compiled_step_has_the_loss_and_gradient_of_the_step_as_written() -> None:
+    """Three steps of one trace. At this learning rate no adapter moves in float32, so rounding cannot add up."""
+    rng = np.random.default_rng(0)
+    settings = TrainSettings(iters=3, learning_rate=1e-14)
+    queries, n, width = 6, 2, 3
+    stream = Stream(
+        rng.integers(1, 9, size=(queries, 4)).tolist(), random_targets(rng, queries, n, width, mx.float32), 0
+    )
+    results = []
+    for compiled in (False, True):
+        model = student(mx.float32)
+        optimizer = make_optimizer(settings)
+        optimizer.init(model.trainable_parameters())
+        step = make_step(model, optimizer, lambda m, b: duet_loss(m, b, [], None, 1.0, True), settings, compiled)
+        values = []
+        for start in range(0, queries, 2):
+            value, norm, carried = step(stream.batch(np.arange(start, start + 2)), None, True)
+            mx.eval(model.parameters(), optimizer.state, value, norm)
+            assert carried is None
+            means = {k: np.array(a) for k, a in tree_flatten(optimizer.state) if k.endswith(".m")}
+            values.append((value.item(), norm.item() ** 0.5, means))
+        results.append(values)
+    size = n * width  # Huber terms of a query, as in test_invariants.py
+    for (loss, norm, means), (fused_loss, fused_norm, fused_means) in zip(*results, strict=True):
+        assert fused_loss == pytest.approx(loss, abs=size * rounding(mx.float32, 20))
+        assert fused_norm == pytest.approx(norm, rel=size * rounding(mx.float32, 20))
+        assert means.keys() == fused_means.keys() and means
+        largest = max(np.abs(mean).max() for mean in means.values())
+        for name, mean in means.items():
+            atol = size * rounding(mx.float32, 20 * largest)
+            np.testing.assert_allclose(fused_means[name], mean, rtol=0, atol=atol, err_msg=name)
