@@ -70,8 +70,11 @@ LAYOUTS = {
     "rwku": Layout(
         "jinzhuoran/RWKU",
         (
-            *(Part("forget", "qa", f"{_RWKU}forget_level{level}") for level in (1, 2, 3)),
-            *(Part("neighbours", "qa", f"{_RWKU}neighbor_level{level}") for level in (1, 2)),
+            Part("forget, cloze", "qa", f"{_RWKU}forget_level1"),
+            Part("forget, question", "qa", f"{_RWKU}forget_level2"),
+            Part("forget, adversarial", "qa", f"{_RWKU}forget_level3"),
+            Part("neighbours, cloze", "qa", f"{_RWKU}neighbor_level1"),
+            Part("neighbours, question", "qa", f"{_RWKU}neighbor_level2"),
             Part("general", "qa", f"{_RWKU}triviaqa"),
             Part("general", "choice", f"{_RWKU}retain_mmlu"),
         ),

@@ -15,7 +15,17 @@ from typing import Any
 from duet_mlx.context_file import READY, read_contexts
 from duet_mlx.errors import ContextError, DataError
 
-__all__ = ["DATE", "READY", "Context", "check_renders", "load_contexts", "render", "shared_prefix"]
+__all__ = [
+    "DATE",
+    "READY",
+    "Context",
+    "check_renders",
+    "load_contexts",
+    "plain_ids",
+    "plain_text",
+    "render",
+    "shared_prefix",
+]
 
 # Templates that print today's date (Llama 3.2, Granite, Mistral Small, gpt-oss) print this one instead, or
 # the same run would give other tokens tomorrow. Manifests record it.
@@ -99,6 +109,18 @@ def check_renders(tokenizer: Any, question: str, context: Context | None, system
         f'context "{name}": student and teacher must read the question as the same tokens, '
         f"but {equal} tokens before the end the student reads {ours!r} and the teacher {theirs!r}"
     )
+
+
+def plain_text(context: Context | None, system: str = "") -> str:
+    """What stands before a prompt of plain text: system text and turns as base models read them; '' for neither."""
+    parts = [text.strip() for text in (context.system if context else "", system) if text.strip()]
+    turns = [f"Question: {user}\nAnswer: {answer}" for user, answer in (context.turns if context else ())]
+    return "".join(f"{part}\n\n" for part in (*parts, *turns))
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt of plain text, behind the tokenizer's own BOS, if it has one, and no end."""
+    return _frame(tokenizer, None).encode(text)
 
 
 def shared_prefix(token_lists: Sequence[Sequence[int]]) -> int:

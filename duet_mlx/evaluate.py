@@ -1,10 +1,12 @@
 """Evaluate an adapter on questions it was not trained on: base | base + context | unlearned.
 
     python -m duet_mlx.evaluate --model M --adapter-path A --forget F.jsonl --retain R.jsonl --out DIR
+    python -m duet_mlx.evaluate --model M --adapter-path A --benchmark tofu:forget10 --out DIR
 
 Every column is the same base in memory: it answers, answers behind --context, then the adapter is put on it.
 Groups: forget, general (--retain), neighbours, and the forget questions behind each reverse prompt.
-metrics.py says what is measured, scores.py joins answers and metrics, report.py shows them.
+metrics.py says what is measured, scores.py joins answers and metrics, report.py shows them; of benchmarks, these are
+measures.py, benchmark_metrics.py and benchmark_scores.py.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, metrics, report
+from . import __version__, measures, report
+from .benchmark_run import Benchmarks, describe, forget_kept, load_benchmarks, replies_of, rows_and_samples
 from .data import Query, check_disjoint, file_hash, load_queries
 from .errors import ConfigError, ModelError, run_cli
 from .metrics import FORGET, GENERAL, NEIGHBOURS
@@ -29,8 +32,9 @@ from .settings import parse, require, setting
 
 if TYPE_CHECKING:
     from .context import Context
+    from .probe import Reply
 
-BASE, IN_CONTEXT, UNLEARNED = "base", "base + context", "unlearned"
+BASE, IN_CONTEXT, UNLEARNED, RETRAINED = "base", "base + context", "unlearned", "retrained"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class EvaluateSettings:
     forget: tuple[str, ...] = setting((), "JSONL files of questions that should be forgotten")
     retain: tuple[str, ...] = setting((), "JSONL files of general questions whose answers should stay")
     neighbours: tuple[str, ...] = setting((), "JSONL files of questions near the topic, to stay as well")
+    benchmark: tuple[str, ...] = setting(
+        (), "tofu:forget10, muse:News, rwku:2_Confucius, mmlu, wmdp:bio, qa:GROUP@FILE; …@FOLDER reads local files"
+    )
+    benchmark_questions: int = setting(0, "ask only so many questions of each group of a benchmark (0: all)")
+    retrained: str | None = setting(None, "model that never saw the forget questions: TOFU's forget quality, PrivLeak")
     context: str | None = setting(None, "YAML file or ready context for the column 'base + context'")
     topic: str | None = setting(None, "what {topic} stands for in the context")
     context_name: str | None = setting(None, "the one context of --context to put before every question")
@@ -67,21 +76,24 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     _check(settings)
     prompts = _reverse_prompts(settings)
     groups = _groups(settings)
+    benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
     asked = [Asked(group, query) for group, queries in groups.items() for query in queries]
-    count = len(groups[FORGET])
+    forget = groups.get(FORGET, [])
+    count = len(forget)
     tried = min(settings.reverse_questions or count, count)
-    spread = [groups[FORGET][i * count // tried] for i in range(tried)]
+    spread = [forget[i * count // tried] for i in range(tried)]
     for number, prompt in enumerate(prompts, 1):
         asked += [Asked(f"{FORGET}, reverse {number}", query, prompt) for query in spread]
-    contexts = _contexts(settings, groups[FORGET])
-    beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED))
+    contexts = _contexts(settings, forget)
+    beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    meta = _meta(settings, groups, prompts)
+    meta = _meta(settings, groups, prompts) | {"benchmarks": describe(benchmarks)}
 
-    columns, meta["base_weights"] = _columns(settings, asked, contexts)
+    columns, replies, meta["base_weights"] = _columns(settings, asked, contexts, benchmarks)
     scores = {name: score(asked, column, columns[BASE]) for name, column in columns.items()}
     rows, meta["worst_reverse"] = rows_of(asked, scores, settings.seed)
-    results = {"meta": meta, "rows": rows + beside}
+    more, benchmark_samples = rows_and_samples(benchmarks, replies, settings.seed)
+    results = {"meta": meta, "rows": rows + more + beside}
     samples = [
         {
             "id": a.query.id,
@@ -94,7 +106,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         for name, column in columns.items()
         for a, said, scored in zip(asked, column.answers, scores[name], strict=True)
     ]
-    _write(Path(settings.out), results, samples)
+    _write(Path(settings.out), results, samples + benchmark_samples)
+    forget_kept(settings.out)
     return results
 
 
@@ -103,11 +116,15 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 
 def _check(settings: EvaluateSettings) -> None:
     """Raise for what can be seen to be wrong before anything is read."""
-    require(settings, "model", "forget", "out")
+    require(settings, "model", "out")
+    if not settings.benchmark:
+        require(settings, "forget")
+    elif not settings.forget and (settings.retain or settings.neighbours or settings.reverse_prompts):
+        raise ConfigError("--retain, --neighbours and --reverse-prompts go with --forget, which is missing")
     for name in ("max_tokens", "batch_size"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 1 or more")
-    for name in ("seed", "reverse_questions"):
+    for name in ("seed", "reverse_questions", "benchmark_questions"):
         if getattr(settings, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
     for name in ("topic", "context_name"):
@@ -139,7 +156,7 @@ def _reverse_prompts(settings: EvaluateSettings) -> list[str]:
 
 
 def _groups(settings: EvaluateSettings) -> dict[str, list[Query]]:
-    groups = {FORGET: load_queries(settings.forget, "forget")}
+    groups = {FORGET: load_queries(settings.forget, "forget")} if settings.forget else {}
     if settings.retain:
         groups[GENERAL] = load_queries(settings.retain, "retain")
     if settings.neighbours:
@@ -172,8 +189,13 @@ def _contexts(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:
 # --- what the models say ------------------------------------------------------------------------------------
 
 
-def _columns(settings: EvaluateSettings, asked: list[Asked], contexts: list[Context]) -> tuple[dict[str, Column], str]:
-    """Each column, and the hash of the base, whose weights serve all of them: the adapter goes on last."""
+def _columns(
+    settings: EvaluateSettings, asked: list[Asked], contexts: list[Context], benchmarks: Benchmarks
+) -> tuple[dict[str, Column], dict[str, dict[str, list[Reply]]], str]:
+    """Each model's column, its replies to the benchmarks, and the hash of the base.
+
+    The base's weights serve all columns but "retrained": the adapter goes on last.
+    """
     from .answers import column
     from .context import render
     from .model import apply_adapter, load_model, weights_hash
@@ -181,22 +203,30 @@ def _columns(settings: EvaluateSettings, asked: list[Asked], contexts: list[Cont
 
     model, tokenizer, folder = load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     base_hash = weights_hash(model)
+    columns: dict[str, Column] = {}
+    replies: dict[str, dict[str, list[Reply]]] = {}
 
-    def prompts(chosen: Sequence[Context | None]) -> list[list[int]]:
-        return [render(tokenizer, a.text, c, settings.system) for a, c in zip(asked, chosen, strict=True)]
+    def add(name: str, chosen: Sequence[Context | None], identity: Sequence[str], same_base: bool = True) -> None:
+        prompts = [render(tokenizer, a.text, c, settings.system) for a, c in zip(asked, chosen, strict=True)]
+        if asked:
+            columns[name] = column(name, model, tokenizer, asked, prompts, chosen, columns.get(BASE), settings)
+        context = contexts[0] if name == IN_CONTEXT else None  # a benchmark's questions name none
+        replies[name] = replies_of(name, model, tokenizer, benchmarks, context, settings, identity, same_base)
 
-    no_context = [None] * len(asked)
-    plain = prompts(no_context)
-    base = column(BASE, model, tokenizer, asked, plain, no_context, None, settings)
-    columns = {BASE: base}
+    no_context: list[Context | None] = [None] * len(asked)
+    add(BASE, no_context, [base_hash])
     if contexts:
         named = settings.context_name is None
         chosen = [context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked]
-        columns[IN_CONTEXT] = column(IN_CONTEXT, model, tokenizer, asked, prompts(chosen), chosen, base, settings)
+        add(IN_CONTEXT, chosen, [base_hash])
     if settings.adapter_path is not None:
         _same_model(apply_adapter(model, settings.adapter_path), base_hash, folder, settings)
-        columns[UNLEARNED] = column(UNLEARNED, model, tokenizer, asked, plain, no_context, base, settings)
-    return columns, base_hash
+        add(UNLEARNED, no_context, [base_hash, file_hash(Path(settings.adapter_path) / "adapters.safetensors")])
+    if settings.retrained is not None:
+        del model  # two models need not fit into memory
+        model, tokenizer, _ = load_model(settings.retrained, trust_remote_code=settings.trust_remote_code)
+        add(RETRAINED, no_context, [weights_hash(model)], same_base=False)
+    return columns, replies, base_hash
 
 
 def _same_model(config: dict, base_hash: str, folder: Path, settings: EvaluateSettings) -> None:
@@ -238,7 +268,7 @@ def _meta(settings: EvaluateSettings, groups: dict[str, list[Query]], prompts: l
         "questions": {group: len(queries) for group, queries in groups.items()},
         "reverse_prompts": prompts,
         "settings": asdict(settings),
-        "metrics": {metric.key: metric.definition for metric in metrics.METRICS},
+        "metrics": {metric.key: metric.definition for metric in measures.MEASURES},
         "versions": {
             "duet-mlx": __version__,
             "python": platform.python_version(),

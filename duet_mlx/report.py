@@ -17,7 +17,8 @@ from typing import Any
 
 from .data import file_hash, read_jsonl
 from .errors import ConfigError, DataError, TrainingError, run_cli
-from .metrics import BY_KEY, FORGET, GENERAL, METRICS, NEIGHBOURS
+from .measures import BY_KEY, MEASURES
+from .metrics import FORGET, GENERAL, NEIGHBOURS
 
 Row = dict[str, Any]
 Cells = dict[tuple[str, str, str], Row]  # by model, group and metric
@@ -131,7 +132,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     for group in _groups(rows):
         count = max(row["n"] for row in rows if row["group"] == group)
         lines.append((f"{group} ({count} question{'s' * (count != 1)})", []))
-        for metric in METRICS:
+        for metric in MEASURES:
             found = [by_key.get((model, group, metric.key)) for model in models]
             if all(row is None for row in found):
                 continue
@@ -185,7 +186,7 @@ def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in by_question:
         groups.setdefault(key[0], []).append(key)
-    plain = [group for group in (FORGET, GENERAL, NEIGHBOURS) if group in groups]
+    plain = [group for group in (FORGET, GENERAL, NEIGHBOURS) if group in groups] or list(groups)[:3]
     if not plain:
         return ""
     chosen: list[tuple[str, str]] = []
