@@ -186,7 +186,8 @@ def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in by_question:
         groups.setdefault(key[0], []).append(key)
-    plain = [group for group in (FORGET, GENERAL, NEIGHBOURS) if group in groups] or list(groups)[:3]
+    plain = [group for group in (FORGET, GENERAL, NEIGHBOURS) if group in groups]
+    plain = plain or [group for group in groups if ", " in group and "reverse" not in group][:3]  # a benchmark's
     if not plain:
         return ""
     chosen: list[tuple[str, str]] = []
