@@ -27,6 +27,7 @@ from .benchmark_run import Benchmarks, describe, forget_kept, load_benchmarks, r
 from .data import Query, check_disjoint, file_hash, load_queries
 from .errors import ConfigError, ModelError, run_cli
 from .metrics import FORGET, GENERAL, NEIGHBOURS
+from .picture import picture
 from .scores import Asked, Column, rows_of, score
 from .settings import parse, require, setting
 
@@ -64,11 +65,11 @@ class EvaluateSettings:
     beside: tuple[str, ...] = setting((), "NAME=results.json: its 'unlearned' as one more column")
     overwrite: bool = setting(False, "replace the results that --out holds")
     trust_remote_code: bool = setting(False, "run code that comes with the model's tokenizer")
-    out: str = setting("", "folder for results.json, samples.jsonl and results.png")
+    out: str = setting("", "folder for results.json, samples.jsonl, results.png and results.svg")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Ask every model everything; write results.json, samples.jsonl and results.png; return the first.
+    """Ask every model everything; write results.json, samples.jsonl and pictures; return the first.
 
     Raises:
         ConfigError, DataError, ContextError: before a model is loaded.  ModelError: model or adapter.
@@ -299,7 +300,8 @@ def _processor() -> str:
 def _write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    report.picture(results, out / "results.png")
+    for name in ("results.png", "results.svg"):
+        picture(results, out / name)
     # Last: where results.json stands, all of it is there.
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     (out / "results.json").write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .metrics import METRICS, Metric
 
+ARROWS = {"lower": "↓", "higher": "↑", "none": " "}
 # (key, label, good on forget groups, good on the others, definition)
 BENCHMARK = tuple(
     Metric(*fields)

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .data import file_hash, read_jsonl
-from .errors import ConfigError, DataError, TrainingError, run_cli
-from .measures import BY_KEY, MEASURES
+from .errors import ConfigError, DataError, run_cli
+from .measures import ARROWS, MEASURES
 from .metrics import FORGET, GENERAL, NEIGHBOURS
 
 Row = dict[str, Any]
-Cells = dict[tuple[str, str, str], Row]  # by model, group and metric
-ARROWS = {"lower": "↓", "higher": "↑", "none": " "}
 # Behind a reverse prompt only these are shown; results.json has all.
 SHOWN_REVERSE = ("recall", "refused")
 LEGEND = (
@@ -205,167 +202,6 @@ def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:
             text = " ".join(sample["answer"].split()) or "(empty)"
             out.append(f"    {sample['model'].ljust(width)}  {text}")
     return "\n".join(out)
-
-
-# --- the picture --------------------------------------------------------------------------------------------
-
-# Told apart by shape and hatching, not by colour.
-MARKERS = "osD^vP*X"
-HATCHES = ("", "////", "xxxx", "....", "++++")
-GREYS = ("0.95", "0.75", "0.45")
-BARS = (
-    (FORGET, "recall"),
-    (f"{FORGET}, worst reverse", "recall"),
-    (FORGET, "probability"),
-    (FORGET, "refused"),
-    (FORGET, "broken"),
-    (GENERAL, "f1"),
-    (GENERAL, "refused"),
-    (GENERAL, "broken"),
-    (NEIGHBOURS, "f1"),
-    (NEIGHBOURS, "refused"),
-    (NEIGHBOURS, "broken"),
-)
-SHORT = {
-    "recall": "recall",
-    "probability": "probability of\nthe base's words",
-    "refused": "refused",
-    "f1": "F1 with base",
-    "broken": "broken",
-}
-
-
-def picture(results: dict[str, Any], path: str | Path) -> None:
-    """Write the picture, whole or not at all: forgetting against retention, and bars of the measures.
-
-    Raises:
-        TrainingError: no room, or no permission.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed, and none is looked for
-    from matplotlib import pyplot as plt
-
-    rows = {(row["model"], row["group"], row["metric"]): row for row in results["rows"]}
-    models = _models(results["rows"])
-    kept = [group for group in (GENERAL, NEIGHBOURS) if any((m, group, "f1") in rows for m in models)]
-    figure, axes = plt.subplots(1, 2 if kept else 1, figsize=(13, 7) if kept else (7, 7), squeeze=False)
-    if kept:
-        _scatter(axes[0, 0], rows, models, kept)
-    _bars(axes[0, -1], rows, models)
-    figure.tight_layout()
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # No software version or date inside: the same figures give the same bytes.
-        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TrainingError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        plt.close(figure)
-
-
-def _legend_name(model: str) -> str:
-    """The name as it is: matplotlib would read $…$ as a formula, and leaves names out that begin with _."""
-    return (" " if model.startswith("_") else "") + model.replace("$", r"\$")
-
-
-def _error(row: Row) -> tuple[list[float], list[float]]:
-    """Lengths of the error bar below and above the value."""
-    low, high = row.get("ci") or (row["value"], row["value"])
-    return [max(0.0, row["value"] - low)], [max(0.0, high - row["value"])]
-
-
-def _scatter(axis: Any, rows: Cells, models: Sequence[str], kept: Sequence[str]) -> None:
-    for group in kept:
-        points = {}
-        for model, marker in zip(models, MARKERS * 9, strict=False):
-            gone, stays = rows.get((model, FORGET, "recall")), rows.get((model, group, "f1"))
-            if not gone or not stays or gone["value"] is None or stays["value"] is None:
-                continue
-            x, y = 1 - gone["value"], stays["value"]
-            points[model] = x, y
-            below, above = _error(gone)
-            axis.errorbar(
-                x,
-                y,
-                xerr=(above, below),  # forgetting is one less recall: the interval turns around
-                yerr=_error(stays),
-                fmt=marker,
-                markersize=10,
-                color="black",
-                markerfacecolor="black" if group == GENERAL else "white",
-                ecolor="0.6",
-                capsize=3,
-                label=f"{_legend_name(model)}, {group}",
-            )
-        if {"base", "unlearned"} <= points.keys():
-            axis.annotate(
-                "",
-                xy=points["unlearned"],
-                xytext=points["base"],
-                arrowprops={"arrowstyle": "->", "color": "0.3", "shrinkA": 9, "shrinkB": 9, "linestyle": "-"},
-            )
-    floor = rows.get(("base", FORGET, "recall_floor"))
-    if floor and floor["value"] is not None:
-        axis.axvline(1 - floor["value"], color="0.5", linestyle=":", label="chance floor (base's answers shuffled)")
-    axis.set(
-        xlim=(-0.05, 1.05),
-        ylim=(-0.05, 1.08),
-        xlabel="forgetting: 1 - recall of the base's answers to forget questions  (right is better)",
-        ylabel="retention: F1 with the base's answers to other questions  (up is better)",
-        title="What was forgotten, what was kept",
-    )
-    axis.grid(color="0.9")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="best", fontsize=8, framealpha=0.9)
-
-
-def _bars(axis: Any, rows: Cells, models: Sequence[str]) -> None:
-    shown = [key for key in BARS if any((model, *key) in rows for model in models)]
-    height = 0.8 / len(models)
-    labelled: set[str] = set()
-    for number, model in enumerate(models):
-        for place, (group, metric) in enumerate(shown):
-            row = rows.get((model, group, metric))
-            if row is None or row["value"] is None:
-                continue
-            y = place + (number - (len(models) - 1) / 2) * height
-            axis.barh(
-                y,
-                row["value"],
-                height * 0.92,
-                xerr=_error(row),
-                color=GREYS[number % len(GREYS)],
-                hatch=HATCHES[number % len(HATCHES)],
-                edgecolor="black",
-                linewidth=0.6,
-                error_kw={"ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5},
-                label=None if model in labelled else _legend_name(model),
-            )
-            labelled.add(model)
-            # The figure too: a bar of length 0 and one that is missing look alike.
-            end = row["value"] + _error(row)[1][0]
-            axis.annotate(
-                f"{row['value']:.2f}",
-                (end, y),
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=6.5,
-            )
-    arrows = [ARROWS[BY_KEY[metric].direction(group)] for group, metric in shown]
-    labels = [f"{group}: {SHORT[metric]} {a}" for (group, metric), a in zip(shown, arrows, strict=True)]
-    axis.set_yticks(range(len(shown)), labels, fontsize=9)
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 1.08), title="Measures  (↓ lower is better, ↑ higher is better)")
-    axis.grid(axis="x", color="0.9")
-    axis.set_axisbelow(True)
-    if labelled:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.05), "ncols": len(models)}
-        axis.legend(fontsize=8, frameon=False, **below)
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from duet_mlx.benchmark_scores import rows_of, score
 from duet_mlx.errors import ConfigError, DataError
 from duet_mlx.items import Item
 from duet_mlx.measures import BENCHMARK, BY_KEY, MEASURES
+from duet_mlx.picture import picture
 from duet_mlx.probe import Reply
 from tests.unit.test_evaluate import make_adapter, make_model
 
@@ -109,7 +110,9 @@ def test_samples_hold_each_question_with_each_models_answer_and_scores(tofu):
 
 
 def test_replies_kept_for_a_run_that_is_cut_off_are_gone_when_it_is_written(tofu):
-    assert sorted(path.name for path in tofu.iterdir()) == ["results.json", "results.png", "samples.jsonl"]
+    assert sorted(path.name for path in tofu.iterdir()) == [
+        "results.json", "results.png", "results.svg", "samples.jsonl"
+    ]  # fmt: skip
 
 
 def test_the_table_and_the_markdown_say_which_way_is_good(tofu):
@@ -117,6 +120,16 @@ def test_the_table_and_the_markdown_say_which_way_is_good(tofu):
     for table in (report.format_table(results["rows"]), report.markdown_table(results)):
         assert "probability of the reference answer ↓" in table and "probability of the reference answer ↑" in table
         assert "forget quality ↑" in table and "forget, tofu:forget01 (4 questions)" in table
+
+
+def test_the_picture_shows_forgetting_against_retention_and_every_group(tofu):
+    svg = (tofu / "results.svg").read_text()
+    for text in ("forgetting: 1 - ROUGE-L recall, forget, tofu:forget01", "unlearned, real authors, tofu:forget01",
+                 "tofu:forget01 as a whole: model utility ↑"):  # fmt: skip
+        assert text in svg  # matplotlib notes each text beside its curves
+    picture(report.load_results(tofu / "results.json"), tofu / "again.svg")
+    assert (tofu / "again.svg").read_text() == svg
+    (tofu / "again.svg").unlink()
 
 
 def test_an_adapter_that_changes_nothing_gives_the_bases_figures(settings, room, tmp_path):

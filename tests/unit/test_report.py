@@ -8,6 +8,7 @@ import pytest
 
 from duet_mlx import report
 from duet_mlx.errors import ConfigError, DataError
+from duet_mlx.picture import legend_name, picture
 
 
 def row(model, group, metric, value, ci=None, n=8):
@@ -108,7 +109,7 @@ def test_samples_of_fewer_questions_than_asked_for_do_not_repeat():
 def test_the_picture_is_drawn_with_what_there_is_and_is_the_same_twice(results, drop, tmp_path):
     results["rows"] = [r for r in results["rows"] if r["group"] not in drop and r["model"] not in drop]
     for name in ("one.png", "two.png"):
-        report.picture(results, tmp_path / name)
+        picture(results, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
@@ -182,9 +183,9 @@ def test_any_name_of_a_column_is_shown_as_it_is(name, results, tmp_path, monkeyp
     )
     (tmp_path / "r.json").write_text(json.dumps(results))
     results["rows"] += report.load_beside([f"{name}={tmp_path / 'r.json'}"], ("base", "unlearned"))
-    report.picture(results, tmp_path / "r.png")
+    picture(results, tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
-    assert named.count(report._legend_name(name)) == 1
+    assert named.count(legend_name(name)) == 1
     lines = [line for line in report.markdown_table(results).splitlines() if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
 
