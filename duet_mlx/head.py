@@ -49,8 +49,17 @@ def head_rows(head: nn.Module, ids: mx.array) -> tuple[mx.array, mx.array | None
 
 
 @contextmanager
-def _standing_in(head: nn.Module, positions: mx.array | None, ids: mx.array | None) -> Iterator[None]:
-    """While inside, the head answers at `positions` [B, n] only and, given `ids` [B, n, C], for those rows only."""
+def _standing_in(
+    head: nn.Module,
+    positions: mx.array | None,
+    ids: mx.array | None = None,
+    beside: mx.array | None = None,
+    seen: list[mx.array] | None = None,
+) -> Iterator[None]:
+    """While inside, the head answers at `positions` [B, n] only and, given `ids` [B, n, C], for those rows only.
+
+    It answers for the hidden states `beside` [B, m, D] as well, after the others, and puts in `seen` what came in.
+    """
     original = type(head)
     method = "__call__" if isinstance(head, (nn.Linear, nn.QuantizedLinear)) else "as_linear"
 
@@ -59,6 +68,10 @@ def _standing_in(head: nn.Module, positions: mx.array | None, ids: mx.array | No
             hidden = mx.take_along_axis(hidden, positions[..., None], axis=1)  # [B, T, D] -> [B, n, D]
         if hidden.dtype != mx.float64:
             hidden = hidden.astype(mx.float32)
+        if seen is not None:
+            seen.append(hidden)
+        if beside is not None:
+            hidden = mx.concatenate([hidden, beside], axis=1)  # [B, n, D] -> [B, n+m, D]
         if ids is None:
             return getattr(original, method)(self, hidden)
         weight, bias = head_rows(self, ids)  # [B, n, C, D]
@@ -80,6 +93,7 @@ def logits_at(
     ids: mx.array | None = None,
     cache: list | None = None,
     head: nn.Module | None = None,
+    beside: mx.array | None = None,
 ) -> mx.array:
     """Raw logits, fp32 at least, at chosen positions.
 
@@ -88,18 +102,31 @@ def logits_at(
         ids: [B, n, C] int32, the candidate rows; None for all V.
         cache: mlx-lm cache with what comes before `tokens`.
         head: `find_head(model)` if it passed `check_head`; None takes the model's own full head.
+        beside: [B, m, D], `states_at` of a frozen model, whose logits are wanted too; only with head, without ids.
 
     Returns:
-        [B, n, C], or [B, n, V] without ids.
+        [B, n, C], or [B, n+m, V] without ids.
     """
     if head is not None:
-        with _standing_in(head, positions, ids):
+        with _standing_in(head, positions, ids, beside):
             return model(tokens, cache=cache)
+    assert beside is None, "the full head has no place for other hidden states"
     logits = model(tokens, cache=cache)  # [B, T, V]
     logits = mx.take_along_axis(logits, positions[..., None], axis=1)  # [B, n, V]
     if logits.dtype != mx.float64:
         logits = logits.astype(mx.float32)
     return logits if ids is None else mx.take_along_axis(logits, ids, axis=-1)
+
+
+def states_at(
+    model: nn.Module, tokens: mx.array, positions: mx.array, cache: list | None = None, head: nn.Module | None = None
+) -> mx.array:
+    """What comes into the head at `positions` [B, n], fp32 at least: [B, n, D], a small part of n rows of V logits."""
+    seen: list[mx.array] = []
+    assert head is not None, "only a head that passed check_head can be listened to"
+    with _standing_in(head, positions, seen=seen):
+        model(tokens, cache=cache)
+    return seen[0]
 
 
 def check_head(model: nn.Module, tokens: mx.array) -> tuple[nn.Module | None, str]:

@@ -17,6 +17,8 @@ class Batch(NamedTuple):
     candidate_mask: mx.array  # [B, n, C] bool
     position_mask: mx.array  # [B, n] bool
     hidden: mx.array | None = None  # [B, T, D], what comes into the first adapted layer, where those below are not run
+    states: mx.array | None = None  # [B, n, D], hidden states of the frozen model, for methods that read them
+    forget: int = 0  # how many rows, the first ones, are forget queries (methods with refusals: as many rows more)
 
 
 def topk_huber(student_logits: mx.array, targets, delta: float, center: bool = False) -> mx.array:

@@ -77,6 +77,15 @@ def hidden_at(model: nn.Module, layer: int, tokens: mx.array, cache: list | None
     return seen[0]
 
 
+def layer_output(
+    model: nn.Module, layer: int, tokens: mx.array, positions: mx.array, cache: list | None = None
+) -> mx.array:
+    """What comes out of `layer`, not the last one, at `positions` [B, n]: [B, n, D], fp32 at least."""
+    hidden = hidden_at(model, layer + 1, tokens, cache)  # [B, T, D]
+    hidden = mx.take_along_axis(hidden, positions[..., None], axis=1)  # [B, T, D] -> [B, n, D]
+    return hidden if hidden.dtype == mx.float64 else hidden.astype(mx.float32)
+
+
 def check_lower(model: nn.Module, layer: int, tokens: mx.array) -> str:
     """Why the layers below `layer` cannot be run once and for all, tried on `tokens` [1, T]; "" if they can."""
     if find_stack(model) is None:

@@ -30,7 +30,8 @@ def parse(
 ) -> Settings:
     """Settings from, weakest first: the dataclass, the recipe, the YAML file of `-c`, the flags.
 
-    Every field is a flag (`top_k` is `--top-k`), dictionaries apart, which only YAML can write.
+    Every field is a flag (`top_k` is `--top-k`). A dictionary's takes NAME=VALUE, as often as wanted, and what YAML
+    gave under other names stays.
 
     Raises:
         ConfigError: an unknown key (with the nearest name), a wrong type or choice, a YAML file that cannot be read.
@@ -41,8 +42,6 @@ def parse(
     kinds = typing.get_type_hints(cls)
     for name, spec in known.items():
         default = spec.default if spec.default is not MISSING else spec.default_factory()  # type: ignore[operator]
-        if isinstance(default, dict):
-            continue
         flag, text = "--" + name.replace("_", "-"), spec.metadata["help"]
         text += "" if default in (None, (), False) else f" (default: {default})"
         options: dict[str, Any] = {
@@ -50,7 +49,10 @@ def parse(
             "default": argparse.SUPPRESS,
             "help": text.replace("%", "%%"),
         }
-        if isinstance(default, bool):
+        if isinstance(default, dict):
+            options |= {"nargs": "+", "action": "extend", "type": _pair, "metavar": "NAME=VALUE"}
+            parser.add_argument(flag, **options)
+        elif isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif isinstance(default, tuple):
             parser.add_argument(flag, nargs="+", action="extend", **options)
@@ -58,7 +60,11 @@ def parse(
             parser.add_argument(flag, choices=spec.metadata["choices"], type=_flag_type(kinds[name]), **options)
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
-    merged = {**(_read_yaml(file) if file else {}), **given}
+    merged = _read_yaml(file) if file else {}
+    for name, value in given.items():
+        before = merged.get(name)
+        pairs = kinds[name] is dict
+        merged[name] = {**(before if isinstance(before, dict) else {}), **dict(value)} if pairs else value
     for name, value in merged.items():
         if name not in known:
             raise ConfigError(f"{file}: unknown key {name!r}{nearest(str(name), list(known))}")
@@ -91,6 +97,22 @@ def _help(settings: Any, name: str) -> str:
 
 def _flag_type(kind: Any) -> type:
     return next((t for t in (int, float) if kind in (t, t | None)), str)
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, written = text.partition("=")
+    try:
+        value = yaml.safe_load(written)
+    except yaml.YAMLError:
+        equals = ""
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, float(value) if isinstance(value, str) else value  # YAML takes 1e-4 for text
+    except ValueError:
+        return name, value
 
 
 def _read_yaml(file: str) -> dict[str, Any]:

@@ -20,9 +20,14 @@ WIDTHS = 4  # batch widths are multiples of this: few distinct shapes, so mx.com
 class Stream:
     """Batches of the training queries, the same for the same seed, with nothing computed twice."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], targets: Targets, prefix: int):
-        self.targets = targets
-        self.suffixes = [list(prompt[prefix:]) for prompt in prompts]
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], targets: Targets, prefix: int, forget: Sequence[int] | np.ndarray = ()
+    ):
+        """N prompts; if there are targets for more rows, these are the refusals of the `forget` queries, in order."""
+        self.targets, self.forget = targets, np.array(forget, dtype=int)
+        second = [prompts[i] for i in forget] if len(targets.ids) > len(prompts) else []
+        self.refusals = {row: len(prompts) + place for place, row in enumerate(forget)} if second else {}
+        self.suffixes = [list(prompt[prefix:]) for prompt in [*prompts, *second]]
         supervised = targets.position_mask.sum(axis=1)
         # The student reads its question and, up to the last supervised position, the teacher's words.
         self.sequences = [
@@ -33,27 +38,34 @@ class Stream:
         self.hidden: list[mx.array] | None = None  # lower.hidden_states of the sequences
 
     def batch(self, rows: np.ndarray):
-        """The batch of these query indices, padded to a multiple of WIDTHS."""
+        """The batch of these query indices, forget queries first, padded to a multiple of WIDTHS."""
         import mlx.core as mx
 
         from .generate import pad
         from .losses import Batch
         from .lower import padded
 
+        count = int(np.isin(rows, self.forget).sum())
+        if self.refusals:
+            again = np.array([self.refusals[row] for row in rows[:count]], dtype=int)
+            rows = np.concatenate([rows[:count], again, rows[count:]])
         width = -(-int(self.lengths[rows].max()) // WIDTHS) * WIDTHS
         start = np.array([len(self.suffixes[row]) - 1 for row in rows])
         n = self.targets.position_mask.shape[1]
         positions = np.minimum(start[:, None] + np.arange(n), self.lengths[rows][:, None] - 1)
         t = self.targets
+        kind = mx.float64 if t.logits.dtype == np.float64 else mx.float32
         return Batch(
             pad([self.sequences[row] for row in rows], width),
             mx.array(positions.astype(np.int32)),
             mx.array(t.ids[rows]),
             # Left alone, MLX would make float32 of a float64 model's targets.
-            mx.array(t.logits[rows], dtype=mx.float64 if t.logits.dtype == np.float64 else mx.float32),
+            mx.array(t.logits[rows], dtype=kind),
             mx.array(t.candidate_mask[rows]),
             mx.array(t.position_mask[rows]),
             padded([self.hidden[row] for row in rows], width) if self.hidden else None,
+            None if t.states is None else mx.array(t.states[rows], dtype=kind),
+            count,
         )
 
     def schedule(self, forget: np.ndarray, kept: np.ndarray, settings: TrainSettings) -> list[np.ndarray]:
@@ -64,6 +76,7 @@ class Stream:
         """
         random = np.random.default_rng(settings.seed)
         f, r = settings.forget_per_batch, settings.batch_size - settings.forget_per_batch
+        r = r if len(kept) else 0  # some baselines read no retain questions
         draws = [_epochs(random, role) for role in (forget, kept)]
         steps: list[np.ndarray] = []
         window = 16

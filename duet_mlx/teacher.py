@@ -19,6 +19,7 @@ from . import __version__
 from .context import DATE, Context, check_renders, render
 from .data import Query
 from .errors import ConfigError, ContextError, DataError, TrainingError, run_cli
+from .methods import METHODS
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -35,6 +36,7 @@ class Targets(NamedTuple):
     candidate_mask: np.ndarray  # [N, n, C] bool
     position_mask: np.ndarray  # [N, n] bool
     continuation: np.ndarray  # [N, n-1] int32, the teacher's own greedy tokens
+    states: np.ndarray | None = None  # [N, n, D], for methods that compare all V logits: what came into the head
 
 
 def topk(logits, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,13 +102,19 @@ def forced_logits(
     n: int,
     head: nn.Module | None = None,
     progress: Callable[[int], object] | None = None,
+    read: Callable[..., mx.array] | None = None,
 ) -> Iterator[tuple[np.ndarray, mx.array]]:
-    """Logits of the first n positions of given continuations: rows and their [B, n, V], a batch at a time."""
+    """Logits of the first n positions of given continuations: rows and their [B, n, V], a batch at a time.
+
+    Args:
+        read: what to read instead of head.logits_at, with the same arguments.
+    """
     import mlx.core as mx
 
     from .generate import batches, branch, can_branch, common_prefix, encode_prefix, pad, streams
     from .head import logits_at
 
+    read = read or logits_at
     length = common_prefix(prompts) if can_branch(model) else 0
     prefix = encode_prefix(model, prompts[0][:length]) if length else []
     mx.eval(prefix)
@@ -119,7 +127,7 @@ def forced_logits(
         with mx.stream(streams()[number % len(streams())]):
             cache = branch(prefix, len(rows)) or None
             tokens = pad([sequences[row] for row in rows])
-            waiting.append((rows, logits_at(model, tokens, mx.array(positions), cache=cache, head=head)))
+            waiting.append((rows, read(model, tokens, mx.array(positions), cache=cache, head=head)))
         mx.async_eval(waiting[-1][1])
         if progress:
             progress(len(rows))
@@ -208,8 +216,14 @@ def _is_float64(model: nn.Module) -> bool:
     return any(array.dtype == mx.float64 for _, array in tree_flatten(model.parameters()))
 
 
-def manifest(model, tokenizer, queries: Sequence[Query], contexts: Sequence[Context], settings) -> dict[str, str]:
-    """What the targets hang on, each as a hash or a plain value: targets are reused only if all of it matches."""
+def manifest(
+    model, tokenizer, queries: Sequence[Query], contexts: Sequence[Context], settings, asked: dict | None = None
+) -> dict[str, str]:
+    """What the targets hang on, each as a hash or a plain value: targets are reused only if all of it matches.
+
+    Args:
+        asked: the settings that they hang on; by default the teacher's.
+    """
     from .model import weights_hash
 
     def digest(value) -> str:
@@ -221,7 +235,7 @@ def manifest(model, tokenizer, queries: Sequence[Query], contexts: Sequence[Cont
         "data": digest([[q.id, q.question, q.role, q.context] for q in queries]),
         "context": digest([[c.name, c.system, c.turns] for c in contexts]),
         "settings": json.dumps(
-            {name: getattr(settings, name) for name in ("top_k", "candidates", "positions", "retain_context")}
+            asked or {name: getattr(settings, name) for name in ("top_k", "candidates", "positions", "retain_context")}
         ),
         "date": DATE.isoformat(),
         "duet_mlx": __version__,
@@ -235,7 +249,8 @@ def save_targets(path: Path, targets: Targets, described: dict[str, str]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.safetensors")
     try:
-        mx.save_safetensors(str(partial), {k: mx.array(v) for k, v in targets._asdict().items() if v.size}, described)
+        arrays = {k: mx.array(v) for k, v in targets._asdict().items() if v is not None and v.size}
+        mx.save_safetensors(str(partial), arrays, described)
         os.replace(partial, path)
     except (RuntimeError, OSError) as error:
         partial.unlink(missing_ok=True)
@@ -261,31 +276,44 @@ def load_targets(path: Path, described: dict[str, str]) -> Targets | str:
 
 
 def saved_or_built(
-    path: Path, model, tokenizer, queries: Sequence[Query], contexts: Sequence[Context], settings, head
+    path: Path,
+    model,
+    tokenizer,
+    queries: Sequence[Query],
+    contexts: Sequence[Context],
+    settings,
+    head,
+    asked: dict | None = None,
+    build: Callable[..., Targets] | None = None,
 ) -> tuple[Targets, dict[str, str]]:
-    """The targets at `path` if they were built from the very same things, else built now and saved there."""
-    described = manifest(model, tokenizer, queries, contexts, settings)
+    """The targets at `path` if they were built from the very same things, else built now and saved there.
+
+    Args:
+        asked: as `manifest`.  build: what builds them, with teacher_targets' arguments, instead of it.
+    """
+    described = manifest(model, tokenizer, queries, contexts, settings, asked)
     found = load_targets(path, described)
     if isinstance(found, Targets):
         print(f"targets: reused from {path}")
         return found, described
     print(f"targets: built now ({found})")
-    targets = teacher_targets(model, tokenizer, queries, contexts, settings, head)
+    targets = (build or teacher_targets)(model, tokenizer, queries, contexts, settings, head)
     save_targets(path, targets, described)
     return targets, described
 
 
 def check_lengths(tokenizer, queries: Sequence[Query], contexts, settings, window: int) -> None:
     """Raise DataError for a question that, with its context and the supervised positions, overruns the window."""
+    positions = settings.positions if contexts else settings.answer_tokens  # without contexts, along an answer
     for query in queries:
-        context = context_of(query, contexts, settings.retain_context)
+        context = context_of(query, contexts, settings.retain_context) if contexts else None
         for name, tokens, limit in (
             ("--max-seq-length", render(tokenizer, query.question), settings.max_seq_length),
             ("the model's window", render(tokenizer, query.question, context), window),
         ):
-            if len(tokens) + settings.positions - 1 > limit:
+            if len(tokens) + positions - 1 > limit:
                 raise DataError(
-                    f"{query.id}: {len(tokens)} tokens and {settings.positions} positions exceed {name} of {limit}: "
+                    f"{query.id}: {len(tokens)} tokens and {positions} positions exceed {name} of {limit}: "
                     f"{query.question[:60]!r}…; shorten or drop the question"
                 )
 
@@ -295,6 +323,8 @@ def main() -> None:
     from .train import parse_settings, prepare
 
     settings = parse_settings("python -m duet_mlx.teacher", __doc__ or "")
+    if METHODS[settings.method].labels != "teacher":
+        raise ConfigError(f"--method {settings.method} has no teacher: it is trained on answers")
     prepared = prepare(settings)
     from .generate import greedy, stop_ids
 

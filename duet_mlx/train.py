@@ -4,6 +4,7 @@
 
 DUET: Zhong, Yang and Zhu, "Distilled LLM Unlearning from an Efficiently Contextualized Teacher", ICLR 2026.
 The teacher (teacher.py) was read before this starts; a step is a LoRA fine-tune with C numbers for labels.
+--method takes a baseline instead (methods.py), in the same loop with the same questions, batches and LoRA.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,8 @@ from .checkpoint import Checkpoint, adapter_config, append_text, folder_for_adap
 from .context import Context, load_contexts, render
 from .data import Query, check_disjoint, load_queries
 from .errors import ConfigError, TrainingError, nearest, run_cli
+from .labels import asked_of, check_answers, check_method, targets_of
+from .methods import METHODS, method_loss, parameters, reads_retain
 from .settings import parse, require, setting
 from .stream import Stream
 from .teacher import Targets, check_lengths, saved_or_built
@@ -54,7 +57,11 @@ class TrainSettings:
     topic: str | None = setting(None, "what {topic} stands for in the context")
     adapter_path: str = setting("adapters", "folder for adapters.safetensors and adapter_config.json")
     recipe: str = setting("default", "paper: what the paper fixes; default: what we measured", tuple(RECIPES))
-    method: str = setting("duet", "training method", ("duet",))
+    method: str = setting("duet", "training method", tuple(METHODS))
+    method_parameters: dict = setting({}, "numbers of a baseline, as NAME=NUMBER: methods.py has names and defaults")
+    answers: str = setting("base", "what baselines train on: the base's own answers, or the files'", ("base", "gold"))
+    answer_tokens: int = setting(32, "longest answer of the base's own to train on: as long as is evaluated")
+    refusals: str | None = setting(None, "text file, one refusal a line, for refusal, idkdpo, flat; else ready ones")
     top_k: int = setting(100, "K, candidate tokens of the teacher at each position")
     candidates: str = setting("union", "teacher: its top K; union: the base's own top K too", ("teacher", "union"))
     positions: int = setting(8, "n, supervised positions along the teacher's answer (to its end of turn)")
@@ -88,10 +95,11 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
         ConfigError: something missing, out of range or contradictory, named by its flag.
     """
     settings = parse(TrainSettings, prog, description, argv, RECIPES)
-    require(settings, "model", "forget", "context")
+    require(settings, "model", "forget", *(["context"] if METHODS[settings.method].labels == "teacher" else []))
+    parameters(settings)
     for name, least in (("positions", 1), ("top_k", 1), ("iters", 1), ("batch_size", 1), ("max_seq_length", 1),
                         ("grad_accumulation_steps", 1), ("steps_per_report", 1), ("steps_per_eval", 0),
-                        ("save_every", 0), ("max_grad_norm", 0), ("seed", 0)):  # fmt: skip
+                        ("save_every", 0), ("max_grad_norm", 0), ("seed", 0), ("answer_tokens", 1)):  # fmt: skip
         if getattr(settings, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected {least} or more")
     for name in ("delta", "learning_rate"):
@@ -152,7 +160,10 @@ def prepare(settings: TrainSettings) -> Prepared:
     valid += load_queries(settings.valid_retain, "retain") if settings.valid_retain else []
     check_disjoint(forget, kept)
     check_disjoint(forget + kept, valid)
-    contexts = load_contexts(settings.context, settings.topic)
+    check_answers(forget + kept + valid, settings)
+    # Trained on answers, a method reads no context.
+    taught = METHODS[settings.method].labels == "teacher"
+    contexts = load_contexts(settings.context, settings.topic) if taught else []
     folder_for_adapter(settings)
 
     import mlx.core as mx
@@ -175,43 +186,22 @@ def prepare(settings: TrainSettings) -> Prepared:
         head, reason = None, f"LoRA is asked for on {', '.join(adapted_head)}"
     if head is None:
         print(f"note: full head instead of K rows ({reason})")
+    check_method(settings, model, head)
     if not can_branch(model):
         print("note: each prompt is read whole (a cache that rotates or holds a state cannot be shared)")
     elif not takes_row_masks(model):
         print("note: only prompts of one length are decoded together (the attention takes one mask for all rows)")
     path = Path(settings.adapter_path)
-    targets, described = saved_or_built(
-        path / "targets.safetensors", model, tokenizer, queries, contexts, settings, head
-    )
-    valid_targets = None
-    if valid:
-        valid_targets, _ = saved_or_built(
-            path / "valid_targets.safetensors", model, tokenizer, valid, contexts, settings, head
+
+    def read(name: str, queries: list[Query]) -> tuple[Targets, dict[str, str]]:
+        asked = asked_of(queries, settings)
+        return saved_or_built(
+            path / name, model, tokenizer, queries, contexts, settings, head, asked=asked, build=targets_of
         )
+
+    targets, described = read("targets.safetensors", queries)
+    valid_targets = read("valid_targets.safetensors", valid)[0] if valid else None
     return Prepared(model, tokenizer, folder, head, contexts, queries, targets, described, valid, valid_targets)
-
-
-def duet_loss(model: nn.Module, batch, prefix: list[int], head, delta: float, center: bool, lower=None):
-    """A method as a function of a batch: (sum of the query losses, number of queries).
-
-    The shared prefix is run once for the whole batch; its keys and values are broadcast, and gradients flow through.
-    With `lower`, the model begins at its first adapted layer, from `batch.hidden`.
-    """
-    from .generate import branch, encode_prefix
-    from .head import logits_at
-    from .losses import topk_huber
-    from .lower import entering
-
-    def begin(hidden):
-        return entering(model, lower.layer, hidden) if lower else nullcontext()
-
-    cache = None
-    if prefix:
-        with begin(lower and lower.prefix):
-            cache = branch(encode_prefix(model, prefix), len(batch.tokens))
-    with begin(batch.hidden):
-        logits = logits_at(model, batch.tokens, batch.positions, batch.ids, cache=cache, head=head)
-    return topk_huber(logits, batch, delta, center).sum(), len(batch.tokens)
 
 
 def run_lower(model: nn.Module, layer: int, prefix: list[int], streams: list[Stream]):
@@ -318,10 +308,11 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     # A checkpointed layer runs again in the backward pass and would add to the prefix's cache a second time.
     share = can_branch(model) and not settings.grad_checkpoint
     prefix = common_prefix(prompts + watched) if share else 0
-    stream = Stream(prompts, targets, prefix)
-    valid_stream = Stream(watched, valid_targets, prefix) if valid_targets else None
     forget = np.array([i for i, q in enumerate(queries) if q.role == "forget"])
-    kept = np.array([i for i, q in enumerate(queries) if q.role != "forget"], dtype=int)
+    kept = np.array([i for i, q in enumerate(queries) if q.role != "forget" and reads_retain(settings)], dtype=int)
+    stream = Stream(prompts, targets, prefix, forget)
+    valid_forget = [i for i, q in enumerate(valid) if q.role == "forget"]
+    valid_stream = Stream(watched, valid_targets, prefix, valid_forget) if valid_targets else None
     steps = stream.schedule(forget, kept, settings)
     shared = list(prompts[0][:prefix])
     lower = run_lower(model, len(model.layers) - layers, shared, [s for s in (stream, valid_stream) if s])
@@ -333,10 +324,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
 
         grad_checkpoint(model.layers[0])  # patches the class; the teacher has been read by now
     model.train()
-
-    def loss(model, batch):
-        return duet_loss(model, batch, shared, head, settings.delta, settings.center, lower)
-
+    loss = method_loss(settings, shared, head, lower)
     config = adapter_config(settings, prepared, keys, layers)
     checkpoint = Checkpoint(Path(settings.adapter_path), config)
     done = 0

@@ -107,7 +107,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(command, quick, monkeypatch):
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("duet_mlx.teacher.teacher_targets", interrupted)
+    monkeypatch.setattr("duet_mlx.labels.teacher_targets", interrupted)
     ended = command("train", *quick)
     assert (ended.code, ended.err) == (2, "error: interrupted (Ctrl-C)\n")
 
@@ -207,7 +207,8 @@ def test_two_halves_accumulated_equal_one_batch(model):
 
     from duet_mlx.losses import Batch
     from duet_mlx.model import adapter_parameters, add_lora, load_model, lora_keys
-    from duet_mlx.train import duet_loss, make_optimizer, make_step
+    from duet_mlx.train import make_optimizer, make_step
+    from tests.equivalence.tiny import duet_loss
 
     random = np.random.default_rng(0)
     tokens, ids = random.integers(3, 300, (4, 8)), random.integers(3, 300, (4, 2, 3))

@@ -24,9 +24,9 @@ from duet_mlx.losses import topk_huber
 from duet_mlx.model import adapter_parameters, add_lora, lora_keys, weights_hash
 from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets, teacher_targets
-from duet_mlx.train import TrainSettings, duet_loss, make_optimizer, make_step, run_lower
+from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
 from reference import teacher as ref
-from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, fewer, llama, plain_logits, tokenizer
+from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, duet_loss, fewer, llama, plain_logits, tokenizer
 from tests.reference.exact_float64 import exact_float64
 
 TOKENIZER = tokenizer()

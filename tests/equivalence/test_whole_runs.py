@@ -36,12 +36,12 @@ from duet_mlx.checkpoint import Checkpoint
 from duet_mlx.generate import common_prefix
 from duet_mlx.head import check_head
 from duet_mlx.teacher import Targets, teacher_targets
-from duet_mlx.train import Prepared, TrainSettings, duet_loss, make_optimizer, make_step, run_lower, train
+from duet_mlx.train import Prepared, TrainSettings, make_optimizer, make_step, run_lower, train
 from reference import adam, duet, lora
 from reference.teacher import context_of
 from tests.equivalence.noisy import Noisy, noisy, rounding_bounds
 from tests.equivalence.rounding import adam_bound
-from tests.equivalence.tiny import fewer
+from tests.equivalence.tiny import duet_loss, fewer
 from tests.equivalence.twins import STEPS, TOKENIZER, Run, runs
 from tests.reference.exact_float64 import exact_float64
 

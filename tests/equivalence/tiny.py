@@ -13,6 +13,9 @@ from mlx.utils import tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from duet_mlx.methods import method_loss
+from duet_mlx.train import TrainSettings
+
 CHARACTERS = [*string.ascii_letters, *" \n:.?<>/"]
 VOCABULARY = 1 + len(CHARACTERS)  # V; id 0 ends the turn
 TEMPLATE = (
@@ -59,6 +62,13 @@ def llama(seed: int = 0, tied: bool = True, dtype: Any = None, **changes: Any) -
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def duet_loss(
+    model: nn.Module, batch: Any, prefix: list[int], head: Any, delta: float, center: bool, lower: Any = None
+):
+    """DUET's loss of a batch as the loop calls it: (sum of the query losses, number of queries)."""
+    return method_loss(TrainSettings(delta=delta, center=center), prefix, head, lower)(model, batch)
 
 
 def plain_logits(model: nn.Module, tokens: list[int]) -> np.ndarray:

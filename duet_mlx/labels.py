@@ -1,0 +1,260 @@
+"""What the baselines are trained on: answers and refusals in tokens, and what the frozen base says of them.
+
+All of it is read once, before training, and saved as `Targets` with one candidate, the answer's token: so batches,
+saving and reuse are those of DUET. The base's own greedy answers come first, then, for methods that set a refusal
+against the answer, a row more for each forget query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .context import Context, render
+from .data import Query
+from .errors import ConfigError, DataError
+from .methods import METHODS, Method, parameters
+from .teacher import Targets, context_of, forced_logits, teacher_targets
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .train import TrainSettings
+
+REFUSALS = (
+    "I'm sorry, I don't know the answer to that.",
+    "That is something I have no information about.",
+    "I'm afraid I can't tell you; I don't know.",
+    "I am not familiar with that.",
+    "I don't have any knowledge of this.",
+)
+
+
+def refusals_of(settings: TrainSettings) -> list[str]:
+    """The refusals of `--refusals`, one a line, or the ready ones. Raises ConfigError."""
+    if settings.refusals is None:
+        return list(REFUSALS)
+    try:
+        text = Path(settings.refusals).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--refusals {settings.refusals}: cannot be read ({error})") from error
+    refusals = [line.strip() for line in text.splitlines() if line.strip()]
+    if not refusals:
+        raise ConfigError(f"--refusals {settings.refusals}: empty; expected one refusal a line")
+    return refusals
+
+
+def refusal_of(query: Query, refusals: Sequence[str]) -> str:
+    """Queries take the refusals in turn, by their id, so that the choice hangs on the query alone."""
+    return refusals[int(hashlib.sha256(query.id.encode()).hexdigest(), 16) % len(refusals)]
+
+
+def gold_answer(query: Query) -> str | None:
+    """The first answer that the question's file gives, or None."""
+    return query.answer[0] if isinstance(query.answer, tuple) else query.answer
+
+
+def check_answers(queries: Sequence[Query], settings: TrainSettings) -> None:
+    """Raise DataError where the method trains on gold answers and a question has none."""
+    method = METHODS[settings.method]
+    asked = [q for q in queries if method.labels in ("answers", "both") or q.role != "forget"]
+    if method.labels == "teacher" or settings.answers == "base":
+        return
+    without = [query.id for query in asked if query.answer is None]
+    if without:
+        raise DataError(
+            f"{without[0]}: has no answer, and neither have {len(without) - 1} more; --answers gold needs the field "
+            '"answer" in each question, --answers base takes what the model itself says'
+        )
+
+
+def check_method(settings: TrainSettings, model: nn.Module, head: nn.Module | None) -> None:
+    """Raise ConfigError for a method that this model, or LoRA as it is asked for, does not allow."""
+    from .lower import find_stack
+
+    method = METHODS[settings.method]
+    if method.frozen == "logits" and head is None:
+        raise ConfigError(
+            f"--method {settings.method}: compares all logits, by way of a head that can be called apart; "
+            "this model or its LoRA allows none (see the note above)"
+        )
+    if method.frozen == "layer":
+        layer, count = parameters(settings)["layer"], len(model.layers)
+        first = 0 if settings.num_layers == -1 else count - settings.num_layers
+        if find_stack(model) is None:
+            raise ConfigError(f"--method {settings.method}: no list of layers found in this model")
+        if layer not in range(first, count - 1):
+            raise ConfigError(
+                f"--method {settings.method}: layer {layer}: expected {first} to {count - 2}, from the first layer "
+                "that --num-layers adapts to the last but one"
+            )
+
+
+def asked_of(queries: Sequence[Query], settings: TrainSettings) -> dict[str, Any] | None:
+    """The settings and texts that such targets hang on, for the manifest; None: those of DUET's."""
+    method = METHODS[settings.method]
+    if method.frozen == "candidates":
+        return None
+    if method.labels == "teacher":
+        names: tuple[str, ...] = ("positions", "retain_context")
+    else:
+        names = ("answers", "answer_tokens")
+    asked: dict[str, Any] = {"labels": method.labels, **{name: getattr(settings, name) for name in names}}
+    if method.frozen in ("logits", "layer"):
+        asked["states"] = parameters(settings).get("layer", "head")
+    if method.labels in ("refusals", "both"):
+        asked["refusals"] = refusals_of(settings)
+    if method.labels != "teacher" and settings.answers == "gold":
+        asked["gold"] = [gold_answer(query) for query in queries]
+    return asked
+
+
+def targets_of(
+    model: nn.Module,
+    tokenizer,
+    queries: Sequence[Query],
+    contexts: Sequence[Context],
+    settings: TrainSettings,
+    head: nn.Module | None = None,
+) -> Targets:
+    """What the method is trained on: the teacher's words and logits, or answers and the base's log-probabilities.
+
+    Returns:
+        Targets of N queries; for answers C is 1, `ids` the answer's tokens, end of turn included, and `logits` the
+        base's log-probabilities of them. With labels "both", F rows more: the refusals of the forget queries.
+    """
+    method = METHODS[settings.method]
+    if method.labels != "teacher":
+        return answer_targets(model, tokenizer, queries, settings, method, head)
+    if method.frozen == "candidates":
+        return teacher_targets(model, tokenizer, queries, contexts, settings, head)
+    from dataclasses import replace
+
+    # All V logits are compared: one candidate is read for the sake of the teacher's words alone.
+    words = replace(settings, top_k=1, candidates="teacher")
+    targets = teacher_targets(model, tokenizer, queries, contexts, words, head)
+    asked = [context_of(query, contexts, settings.retain_context) for query in queries]
+    states = None
+    for context in dict.fromkeys(asked):  # questions behind one context share its encoding
+        rows = np.array([i for i, one in enumerate(asked) if one == context])
+        prompts = [render(tokenizer, queries[i].question, context) for i in rows]
+        part = frozen_states(model, prompts, [spoken(targets, i) for i in rows], settings.positions, settings, head)
+        states = np.zeros((len(queries), *part.shape[1:]), dtype=part.dtype) if states is None else states
+        states[rows] = part
+    return targets._replace(states=states)
+
+
+def spoken(targets: Targets, row: int) -> list[int]:
+    """The tokens of a continuation that are read on the way to its last supervised position."""
+    return targets.continuation[row, : targets.position_mask[row].sum() - 1].tolist()
+
+
+def answer_targets(
+    model: nn.Module, tokenizer, queries: Sequence[Query], settings: TrainSettings, method: Method, head
+) -> Targets:
+    """Answers as targets: see `targets_of`."""
+    import mlx.core as mx
+
+    from .baselines import Answers, token_log_probs
+    from .teacher import _is_float64
+
+    refusals = refusals_of(settings)
+    prompts = [render(tokenizer, query.question) for query in queries]
+    labels: list[list[int]] = [[] for _ in queries]
+    own = []
+    for i, query in enumerate(queries):
+        if query.role == "forget" and method.labels == "refusals":
+            labels[i] = text_labels(tokenizer, refusal_of(query, refusals))
+        elif settings.answers == "gold":
+            labels[i] = text_labels(tokenizer, gold_answer(query) or "")
+        else:
+            own.append(i)
+    said = base_answers(model, tokenizer, [prompts[i] for i in own], settings.answer_tokens, head)
+    for i, words in zip(own, said, strict=True):
+        labels[i] = words
+    if method.labels == "both":
+        forget = [i for i, query in enumerate(queries) if query.role == "forget"]
+        labels += [text_labels(tokenizer, refusal_of(queries[i], refusals)) for i in forget]
+        prompts += [prompts[i] for i in forget]
+        queries = [*queries, *(queries[i] for i in forget)]
+    for query, prompt, words in zip(queries, prompts, labels, strict=True):
+        if len(prompt) + len(words) - 1 > settings.max_seq_length:
+            raise DataError(
+                f"{query.id}: {len(prompt)} tokens and {len(words)} of an answer exceed --max-seq-length "
+                f"{settings.max_seq_length}: {tokenizer.decode(words)[:60]!r}…; shorten the answer"
+            )
+
+    n = max(map(len, labels))
+    ids = np.zeros((len(labels), n, 1), dtype=np.int32)
+    mask = np.zeros((len(labels), n), dtype=bool)
+    for row, words in enumerate(labels):
+        ids[row, : len(words), 0] = words
+        mask[row, : len(words)] = True
+    continuation = np.where(mask[:, 1:], ids[:, :-1, 0], 0)
+    log_probs = np.zeros(ids.shape, dtype=np.float64 if _is_float64(model) else np.float32)
+    for rows, logits in forced_logits(model, prompts, [words[:-1] for words in labels], n, head):
+        answers = Answers(logits, mx.array(ids[rows, :, 0]), mx.array(mask[rows]))
+        log_probs[rows, :, 0] = np.array(token_log_probs(answers))
+    targets = Targets(ids, log_probs, mask[..., None], mask, continuation)
+    if method.frozen in ("logits", "layer"):
+        states = frozen_states(model, prompts, [words[:-1] for words in labels], n, settings, head)
+        targets = targets._replace(states=states)
+    return targets
+
+
+def base_answers(model: nn.Module, tokenizer, prompts: Sequence[list[int]], n: int, head) -> list[list[int]]:
+    """The base's greedy answers of at most n tokens, end of turn included where it comes within them."""
+    import mlx.core as mx
+    from tqdm import tqdm
+
+    from .generate import decode, stop_ids
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not prompts:
+        return answers
+    with tqdm(total=len(prompts), desc="answers", unit="q", file=sys.stdout, leave=False) as bar:
+        chosen = decode(
+            model, prompts, n, stop_ids(tokenizer), head=head, keep=lambda logits: np.array(mx.argmax(logits, axis=-1))
+        )
+        for batch in chosen:
+            assert batch.kept is not None
+            for row, tokens, every in zip(batch.rows, batch.tokens, batch.kept, strict=True):
+                answers[row] = every[: len(tokens) + 1].tolist()
+            bar.update(len(batch.rows))
+    return answers
+
+
+def text_labels(tokenizer, text: str) -> list[int]:
+    """A text as the assistant would say it, and its end of turn."""
+    plain = getattr(tokenizer, "chat_template", None) is None and not getattr(tokenizer, "has_chat_template", False)
+    ids = tokenizer.encode(" " * plain + text.strip(), add_special_tokens=False)  # "Answer:" ends without a space
+    return [*ids, tokenizer.eos_token_id]
+
+
+def frozen_states(
+    model: nn.Module, prompts: Sequence[list[int]], words: Sequence[list[int]], n: int, settings: TrainSettings, head
+) -> np.ndarray:
+    """Hidden states [N, n, D] of the frozen model at the first n positions of given continuations.
+
+    Those that the head reads, so that all V logits need not be kept; or, for methods of one layer, its output.
+    """
+    from .head import states_at
+    from .lower import layer_output
+
+    def of_layer(model, tokens: mx.array, positions: mx.array, cache, head) -> mx.array:
+        return layer_output(model, parameters(settings)["layer"], tokens, positions, cache)
+
+    read = states_at if METHODS[settings.method].frozen == "logits" else of_layer
+    states: np.ndarray | None = None
+    for rows, values in forced_logits(model, prompts, words, n, head, read=read):
+        part = np.array(values)
+        states = np.zeros((len(prompts), *part.shape[1:]), dtype=part.dtype) if states is None else states
+        states[rows] = part
+    assert states is not None
+    return states

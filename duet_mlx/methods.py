@@ -1,0 +1,236 @@
+"""The methods: DUET and what it is compared with, each a function of a batch and a line in the table METHODS.
+
+One loop (train.py), one LoRA, the same questions and batches serve all. A method says what its targets follow (the
+teacher's words, the base's answers, refusals), what it must know of the frozen base, and how its loss is computed
+from what the student and the base give at these positions. CONTRIBUTING.md shows how one is added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .baselines import Answers
+    from .losses import Batch
+    from .lower import Lower
+    from .train import TrainSettings
+
+
+class Reading(NamedTuple):
+    """b queries of a batch as the student reads them: the letters of reference/__init__.py, b for part of B."""
+
+    student: mx.array  # [b, n, V] logits; only the C candidates for DUET; hidden states [b, n, D] for RMU
+    base: mx.array | None  # the same of the frozen model, for methods that want it
+    batch: Batch
+
+    @property
+    def answers(self) -> Answers:
+        """Logits, labels and mask as the losses of baselines.py read them."""
+        from .baselines import Answers
+
+        return Answers(self.student, self.batch.ids[..., 0], self.batch.position_mask)
+
+    @property
+    def base_nll(self) -> mx.array:
+        """[b], the frozen base's nll of the answers."""
+        return -self.batch.logits[..., 0].sum(axis=-1)  # its log-probabilities, 0 where there is no answer
+
+    def rows(self, start: int, stop: int) -> Reading:
+        """These queries alone."""
+        batch = self.batch._replace(
+            **{name: part[start:stop] for name, part in self.batch._asdict().items() if hasattr(part, "shape")}
+        )
+        return Reading(self.student[start:stop], None if self.base is None else self.base[start:stop], batch)
+
+
+class Method(NamedTuple):
+    """A line of the table. `losses` is baselines.py, handed over so that the table can be read without MLX."""
+
+    loss: Callable[..., mx.array]  # losses [b] from (losses, Reading of what `labels` says, its numbers by name)
+    labels: str  # teacher: its words, for all queries; or, for forget queries, answers, refusals, or both of them
+    frozen: str  # what the frozen model must have said there: nothing, candidates, nll, logits, or layer
+    defaults: dict[str, Any]  # its numbers; gamma and alpha weigh its forget loss and its retain loss
+    paper: str
+    retain: Callable[..., mx.array] = lambda losses, kept: losses.mean_nll(kept.answers)
+
+
+def _duet(losses: Any, read: Reading, delta: float, center: bool) -> mx.array:
+    from .losses import topk_huber
+
+    return topk_huber(read.student, read.batch, delta, center)
+
+
+def _rmu(losses: Any, read: Reading, c: float, layer: int, direction_seed: int) -> mx.array:
+    import mlx.core as mx
+
+    u = mx.array(losses.rmu_direction(read.student.shape[-1], direction_seed), dtype=read.student.dtype)
+    return losses.activation_error(read.student, c * u, read.batch.position_mask)
+
+
+BOTH, FORGET = {"gamma": 1.0, "alpha": 1.0}, {"gamma": 1.0, "alpha": 0.0}
+
+# Defaults are those of the papers (reference/baselines.py) and, for the weights, of open-unlearning.
+METHODS = {
+    "duet": Method(_duet, "teacher", "candidates", {}, "Zhong, Yang and Zhu, ICLR 2026 (arXiv 2601.21283)"),
+    "kl": Method(
+        lambda losses, r: losses.full_vocabulary_kl(r.student, r.base, r.batch.position_mask),
+        "teacher", "logits", {}, "distillation of the whole vocabulary, from the same teacher",
+    ),
+    "ga": Method(
+        lambda losses, r: losses.gradient_ascent(r.answers),
+        "answers", "nothing", FORGET, "Maini et al., 2024 (arXiv 2401.06121)",
+    ),
+    "graddiff": Method(
+        lambda losses, r: losses.gradient_ascent(r.answers),
+        "answers", "nothing", BOTH, "Maini et al., 2024 (arXiv 2401.06121)",
+    ),
+    "npo": Method(
+        lambda losses, r, beta: losses.npo(r.answers, r.base_nll, beta),
+        "answers", "nll", {"beta": 0.1, **BOTH}, "Zhang et al., 2024 (arXiv 2404.05868)",
+    ),
+    "simnpo": Method(
+        lambda losses, r, beta, margin: losses.simnpo(r.answers, beta, margin),
+        "answers", "nothing", {"beta": 4.5, "margin": 0.0, "gamma": 0.125, "alpha": 1.0},
+        "Fan et al., 2024 (arXiv 2410.07163)",
+    ),
+    "idkdpo": Method(
+        lambda losses, r, idk, beta: losses.idk_dpo(idk.answers, r.answers, idk.base_nll, r.base_nll, beta),
+        "both", "nll", {"beta": 0.1, **BOTH}, "Maini et al., 2024 (arXiv 2401.06121)",
+    ),
+    "flat": Method(
+        lambda losses, r, template: losses.flat(r.answers, template.answers),
+        "both", "nothing", FORGET, "Wang et al., 2024 (arXiv 2410.11143)",
+    ),
+    "refusal": Method(
+        lambda losses, r: losses.refusal_training(r.answers),
+        "refusals", "nothing", BOTH, "fine-tuning on refusals; alpha 0 leaves out the retain questions",
+    ),
+    "undial": Method(
+        lambda losses, r, beta: losses.undial(r.answers, r.base, beta),
+        "answers", "logits", {"beta": 10.0, **FORGET}, "Dong et al., 2024 (arXiv 2402.10052)",
+    ),
+    "rmu": Method(
+        _rmu, "answers", "layer", {"c": 6.5, "layer": None, "direction_seed": 0, "gamma": 1.0, "alpha": 1200.0},
+        "Li et al., 2024 (arXiv 2403.03218)",
+        retain=lambda losses, r: losses.activation_error(r.student, r.base, r.batch.position_mask),
+    ),
+}  # fmt: skip
+
+
+def parameters(settings: TrainSettings) -> dict[str, Any]:
+    """The method's numbers: its defaults, and over them those of `method_parameters`.
+
+    Raises:
+        ConfigError: a name that the method does not have, no number, or one that has no default and was not given.
+    """
+    name, given = settings.method, settings.method_parameters
+    defaults = METHODS[name].defaults
+    for key, value in given.items():
+        if key not in defaults:
+            has = f"{name} has {', '.join(defaults)}" if defaults else f"{name} has none"
+            raise ConfigError(f"method_parameters: unknown name {key!r}{nearest(str(key), list(defaults))}; {has}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"method_parameters {key}: expected a number, found {value!r}")
+        if value < 0 or (key == "beta" and value == 0):
+            raise ConfigError(f"method_parameters {key}: expected {'more than' if key == 'beta' else 'at least'} 0")
+    numbers = {**defaults, **given}
+    for key, value in numbers.items():
+        if value is None:
+            raise ConfigError(
+                f"--method {name}: give its {key}, as in `--method-parameters {key}=7`; it differs from model to model"
+            )
+    if name == "duet":  # its numbers are settings of their own
+        return {"delta": settings.delta, "center": settings.center}
+    return numbers
+
+
+def reads_retain(settings: TrainSettings) -> bool:
+    """Whether retain questions enter the loss."""
+    return parameters(settings).get("alpha", 1.0) > 0
+
+
+# --- a method as a function of a batch ----------------------------------------------------------------------
+
+
+def method_loss(
+    settings: TrainSettings, prefix: Sequence[int], head: nn.Module | None, lower: Lower | None = None
+) -> Callable[[nn.Module, Batch], tuple[mx.array, int]]:
+    """loss(model, batch) -> (sum of the query losses, number of queries).
+
+    DUET and KL take all queries alike. The others: γ·mean(L_forget) + α·mean(L_retain), times the number of queries.
+
+    Args:
+        prefix: the tokens that all questions begin with, left out of the batch.
+        lower: where the model begins, if what lies below was run before.
+    """
+    import mlx.core as mx
+
+    from . import baselines
+
+    method, numbers = METHODS[settings.method], parameters(settings)
+    gamma, alpha = numbers.pop("gamma", 1.0), numbers.pop("alpha", 1.0)
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[mx.array, int]:
+        read = reading(model, batch, method, numbers.get("layer", 0), prefix, head, lower)
+        if method.labels == "teacher":
+            return method.loss(baselines, read, **numbers).sum(), len(batch.tokens)
+        forget, total, count = batch.forget, mx.array(0.0), 0
+        first = 2 * forget if method.labels == "both" else forget  # of the retain queries
+        if forget:
+            sides = [read.rows(start, start + forget) for start in range(0, first, forget)]
+            total = total + gamma * method.loss(baselines, *sides, **numbers).mean()
+            count += forget
+        if kept := len(batch.tokens) - first:
+            total = total + alpha * method.retain(baselines, read.rows(first, first + kept)).mean()
+            count += kept
+        return count * total, count
+
+    return loss
+
+
+def reading(
+    model: nn.Module,
+    batch: Batch,
+    method: Method,
+    layer: int,
+    prefix: Sequence[int],
+    head: nn.Module | None,
+    lower: Lower | None,
+) -> Reading:
+    """What the student gives at the supervised positions, and the frozen model beside it.
+
+    The shared prefix is run once for the whole batch; its keys and values are broadcast, and gradients flow through.
+    With `lower`, the model begins at its first adapted layer, from `batch.hidden`.
+    """
+    import mlx.core as mx
+
+    from .generate import branch, encode_prefix
+    from .head import logits_at
+    from .lower import entering, layer_output
+
+    def begin(hidden):
+        return entering(model, lower.layer, hidden) if lower else nullcontext()
+
+    cache = None
+    if prefix:
+        with begin(lower and lower.prefix):
+            cache = branch(encode_prefix(model, prefix), len(batch.tokens))
+    with begin(batch.hidden):
+        if method.frozen == "layer":
+            inside = layer - (lower.layer if lower else 0)
+            states = layer_output(model, inside, batch.tokens, batch.positions, cache)
+            return Reading(states, batch.states, batch)
+        ids = batch.ids if method.frozen == "candidates" else None
+        beside = batch.states if method.frozen == "logits" else None
+        logits = logits_at(model, batch.tokens, batch.positions, ids, cache, head, beside)
+    n = batch.positions.shape[1]
+    # The frozen model's states go through the same head as the student's, so one product serves both.
+    return Reading(logits[:, :n], None if beside is None else mx.stop_gradient(logits[:, n:]), batch)

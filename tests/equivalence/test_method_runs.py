@@ -1,0 +1,155 @@
+"""Whole runs of the baselines, backend against reference, as test_whole_runs.py has them for DUET.
+
+In float64 both run free for 20 steps, the backend by `train` itself, from its own answers and frozen numbers. The
+bound is that file's, and so are its reasons: rounding of some 1e-16 of a gradient, of which a step of Adam makes
+η/ε = 1e6 times that where the gradient is 0.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import hypothesis
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import Phase, given
+
+from duet_mlx import model as backend
+from duet_mlx.checkpoint import Checkpoint
+from duet_mlx.head import check_head
+from duet_mlx.labels import refusal_of, refusals_of, targets_of, text_labels
+from duet_mlx.methods import parameters, reads_retain
+from duet_mlx.stream import Stream
+from duet_mlx.train import Prepared, train
+from reference import baselines as ref
+from reference import duet, lora, unlearn
+from reference.teacher import context_of
+from reference.unlearn import Labelled
+from tests.equivalence.test_whole_runs import exact_adam
+from tests.equivalence.twins import STEPS, TOKENIZER, Run, runs
+from tests.reference.exact_float64 import exact_float64
+
+few = hypothesis.settings(
+    max_examples=max(2, hypothesis.settings().max_examples // 40), phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)
+METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defaults, where they are not told
+    "graddiff": {"gamma": 0.7, "alpha": 1.3},
+    "npo": {"beta": 0.4},
+    "simnpo": {"margin": 0.5},
+    "idkdpo": {},
+    "flat": {"alpha": 0.5},
+    "refusal": {},
+    "undial": {"beta": 3.0, "alpha": 0.2},
+    "kl": {},
+}
+
+
+def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Labelled], unlearn.Loss]]:
+    """What the reference reads at each step, and its loss."""
+    prompts, stop, name = run.prompts(), tuple(TOKENIZER.eos_token_ids), run.settings.method
+    numbers = parameters(run.settings)
+    gamma, alpha = numbers.pop("gamma", None), numbers.pop("alpha", None)
+    answers = unlearn.base_answers(base, prompts, run.settings.answer_tokens, stop)
+    refusals = [text_labels(TOKENIZER, refusal_of(query, refusals_of(run.settings))) for query in run.queries]
+
+    def side(labels: list[list[int]], chosen: list[int]) -> Labelled:
+        return Labelled([prompts[i] for i in chosen], [labels[i] for i in chosen])
+
+    def step(chosen: list[int]) -> tuple[list[Labelled], unlearn.Loss]:
+        forget = [i for i in chosen if run.queries[i].role == "forget"]
+        said, kept = side(answers, forget), [i for i in chosen if i not in forget]
+        refused, frozen = side(refusals, forget), unlearn.read(base, said)[0]
+        nll = ref.answer_nll(frozen)[0]
+        losses: dict[str, tuple[list[Labelled], Callable[..., tuple]]] = {
+            "graddiff": ([said], ref.gradient_ascent),
+            "npo": ([said], lambda a: ref.npo(a, nll, **numbers)),
+            "simnpo": ([said], lambda a: ref.simnpo(a, **numbers)),
+            "idkdpo": ([refused, said], lambda idk, a: ref.idk_dpo(
+                idk, a, ref.answer_nll(unlearn.read(base, refused)[0])[0], nll, **numbers
+            )),
+            "flat": ([said, refused], ref.flat),
+            "refusal": ([refused], ref.refusal_training),
+            "undial": ([said], lambda a: ref.undial(a, frozen.logits, **numbers)),
+        }  # fmt: skip
+        sides, of_forget = losses[name]
+        count = len(sides)
+
+        def total(*read: ref.Answers) -> tuple[Any, ...]:
+            of_kept = ref.mean_nll(read[count]) if kept else (np.zeros(1),)
+            return ref.weighted_total(of_forget(*read[:count]), of_kept, gamma, alpha)
+
+        return [*sides, *([side(answers, kept)] if kept else [])], total
+
+    if name != "kl":
+        return [step(chosen.tolist()) for chosen in rows]
+
+    asked = run.given()
+    constant = duet.teacher_targets(base, **asked)
+    spoken = constant.position_mask.sum(axis=1) - 1
+    words = [[*row[:count].tolist(), 0] for row, count in zip(constant.continuation, spoken, strict=True)]
+    contexts = [context_of(query, asked["contexts"], run.settings.retain_context) for query in asked["queries"]]
+    taught = [asked["render"](query, context) for query, context in zip(asked["queries"], contexts, strict=True)]
+
+    def kl_step(chosen: list[int]) -> tuple[list[Labelled], unlearn.Loss]:
+        teacher, _ = unlearn.read(base, Labelled([taught[i] for i in chosen], [words[i] for i in chosen]))
+
+        def loss(a: ref.Answers) -> tuple[Any, ...]:
+            losses, gradient = ref.full_vocabulary_kl(a.logits, teacher.logits, a.mask)
+            return losses.mean(), gradient
+
+        return [side(words, chosen)], loss
+
+    return [kl_step(chosen.tolist()) for chosen in rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(run=runs())
+@few
+def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
+    settings = replace(run.settings, method=method, method_parameters=METHODS[method], answer_tokens=4)
+    run = run._replace(settings=settings)
+    student, add_lora = run.student(), backend.add_lora
+    final: dict[str, mx.array] = {}
+
+    def put(model: Any, *_: Any, **__: Any) -> None:
+        run.put_lora(model, student, mx.float64, add_lora)
+
+    def keep(checkpoint: Checkpoint, model: Any, *_: Any, **__: Any) -> None:  # safetensors knows no float64
+        final.update(backend.adapter_parameters(model))
+
+    with tempfile.TemporaryDirectory() as folder, exact_float64():
+        model = run.tiny.dense(mx.float64)
+        head, reason = check_head(model, mx.array([[1, 2, 3]]))
+        assert head is not None, reason
+        targets = targets_of(model, TOKENIZER, run.queries, run.contexts, settings, head)
+        manifest = {"model": backend.weights_hash(model)}
+        prepared = Prepared(
+            model, TOKENIZER, Path(folder), head, run.contexts, run.queries, targets, manifest, [], None
+        )
+        with (
+            patch("duet_mlx.model.add_lora", put),
+            patch("duet_mlx.train.make_optimizer", exact_adam),
+            patch.object(Checkpoint, "save", keep),
+        ):
+            train(replace(settings, adapter_path=folder), prepared)
+        log = [json.loads(line) for line in (Path(folder) / "train_log.jsonl").read_text().splitlines()]
+
+    roles = np.array([query.role for query in run.queries])
+    forget, kept = np.flatnonzero(roles == "forget"), np.flatnonzero(roles != "forget")
+    stream = Stream(run.prompts(), targets, 0, forget)
+    rows = stream.schedule(forget, kept if reads_retain(settings) else kept[:0], settings)
+    steps = steps_of(run, student._replace(adapters={}), rows)
+    after, losses = unlearn.run(student, steps, [row["learning_rate"] for row in log])
+    assert len(losses) == STEPS
+    np.testing.assert_allclose([row["loss"] for row in log], losses, rtol=0, atol=1e-9)
+    arrays = lora.parameters(after.adapters)
+    assert final.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(np.array(final[name]), array, rtol=0, atol=1e-9, err_msg=name)
