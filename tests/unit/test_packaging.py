@@ -59,7 +59,7 @@ def imported_modules(folder: Path) -> dict[str, list[str]]:
 
 
 def test_nothing_that_is_installed_requires_torch() -> None:
-    tree = installed_tree("duet-mlx", extras=("cpu", "cuda13"))
+    tree = installed_tree("duet-mlx", extras=("cpu", "cuda13", "lm-eval", "parquet"))
     assert {"mlx", "mlx-lm", "transformers", "numpy"} <= tree, "the walk did not reach the usual dependencies"
     assert not tree & FORBIDDEN
 
@@ -101,7 +101,7 @@ def test_every_import_of_duet_mlx_is_a_declared_dependency() -> None:
     declared = {normalise(Requirement(line).name) for line in metadata.requires("duet-mlx") or []}
     # tokenizers and transformers are mlx-lm's own interface: load() hands out their objects.
     declared |= {"tokenizers", "transformers"}
-    distributions = {"yaml": "pyyaml", "mlx": "mlx"}
+    distributions = {"yaml": "pyyaml", "mlx": "mlx", "lm_eval": "lm-eval"}
     unknown = {
         name: places
         for name, places in imported_modules(ROOT / "duet_mlx").items()
