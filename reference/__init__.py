@@ -13,6 +13,6 @@ A subscript tells two sizes of one kind apart: a linear layer maps D_in to D_out
 head, H_kv the number of heads that have keys and values of their own.
 
 Order of reading: context, teacher, losses (the objective), lora, adam, then duet (all of it on one screen);
-transformer and quantize for what stands below the logits; baselines and metrics for what DUET is compared by.
+parts, transformer and quantize for what stands below the logits; baselines and metrics for what DUET is compared by.
 README.md maps each equation to its function and to the test that proves it.
 """

@@ -1,4 +1,4 @@
-"""The parts of a decoder, MLX's own kernels against reference/transformer.py: values and gradients in three dtypes.
+"""The parts of a decoder, MLX's own kernels against reference/parts.py: values and gradients in three dtypes.
 
 Bounds are for the worst case, in units u of the dtype: 2^-24, 2^-11, 2^-8. A chain of k roundings moves a result by at
 most γ(k) = ku / (1 - ku) of it, a sum of s products by γ(s) of the sum of their absolute values (Higham, "Accuracy and
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference import transformer as ref
+from reference import parts as ref
 
 Array = np.ndarray
 UNITS = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
@@ -144,7 +144,7 @@ def test_swiglu(dtype: Any, seed: int, size: float) -> None:
     Gradient: σ (1 + z (1 - σ)) moves by 10 (1 + 2|z|), and has five roundings of at most 1 + |z|.
     """
     (gate, up, by_y), (z, v, g) = drawn(seed, dtype, *[(4, 5)] * 3, size=size)
-    y, backward = ref.swiglu(z, v)
+    y, backward = ref.gated(z, v, ref.silu)
     bounds = (
         gamma(13, dtype) * np.abs(z * v),
         gamma(28, dtype) * np.abs(g * v) * (1 + np.abs(z)),

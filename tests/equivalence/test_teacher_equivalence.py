@@ -30,13 +30,14 @@ texts = st.text(alphabet="abcWho ?", min_size=1, max_size=9).filter(str.strip)
 
 @st.composite
 def teacher_logits(draw: Any) -> np.ndarray:
-    """Logits [..., V], float32: many ties, both zeros, -inf where a model rules tokens out."""
+    """Logits [..., V], float32: many ties, both zeros, denormals, -inf where a model rules tokens out."""
     shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 24)))
     rng = np.random.default_rng(draw(seeds))
     logits = rng.normal(size=shape).astype(np.float32)
-    levels = draw(st.sampled_from([None, 1, 2, 5]))
+    levels = draw(st.sampled_from([None, 1, 2, 5, 7]))
     if levels:
-        logits = rng.choice(np.array([-np.inf, 0.0, -0.0, 1.5, -1e4], dtype=np.float32)[:levels], size=shape)
+        values = np.array([-np.inf, 0.0, -0.0, 1.5, -1e4, 1e-40, -1e-40], dtype=np.float32)
+        logits = rng.choice(values[:levels], size=shape)
     return logits
 
 

@@ -192,8 +192,9 @@ def loss_and_gradients(student: Any, **of_batch: Any) -> dict[str, Any]:
 
 def with_noise(model: Any) -> Any:
     """The reference's model, of numbers that each operation moves."""
-    base = np.array(model.config.rope_base).view(Noisy)
-    return noisy(model)._replace(config=model.config._replace(rope_base=base))
+    base, scale = (np.array(x).view(Noisy) for x in (model.config.rope_base, model.config.embedding_scale))
+    # √D, Gemma's scale, is rounded; a factor of 1 does so here.
+    return noisy(model)._replace(config=model.config._replace(rope_base=base, embedding_scale=1 * scale))
 
 
 def check(got: dict[str, Any], exact: dict[str, Any], bounds: dict[str, float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,35 +19,12 @@ from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets
 from duet_mlx.train import TrainSettings
 from reference import context as ref_context
-from reference import duet, lora, transformer
+from reference import duet, lora, parts, transformer
 from reference.quantize import BITS, GROUP_SIZES, Packed
 from tests.equivalence.tiny import VOCABULARY, tokenizer
 
 TOKENIZER = tokenizer()
 STEPS = 20
-
-
-class CappedAttention(gemma2.Attention):
-    """Gemma 2's soft-capped attention, which wants its mask as an array, in a Llama block."""
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if mask is None or isinstance(mask, str):
-            total = x.shape[1] + (cache.offset if cache else 0)
-            mask = mx.arange(total)[None] <= mx.arange(total - x.shape[1], total)[:, None]
-        return super().__call__(x, mask, cache)
-
-
-class CappedLlama(llama.Model):
-    """A Llama with Gemma 2's attention and final soft-capping."""
-
-    def __init__(self, args: llama.ModelArgs):
-        super().__init__(args)
-        options = {"head_dim": 16, "query_pre_attn_scalar": 4.0, "attn_logit_softcapping": 3.0}
-        for layer in self.model.layers:
-            layer.self_attn = CappedAttention(SimpleNamespace(**vars(args) | options))
-
-    def __call__(self, *args: Any, **options: Any) -> mx.array:
-        return mx.tanh(super().__call__(*args, **options) / 5.0) * 5.0
 
 
 class Tiny(NamedTuple):
@@ -75,12 +51,12 @@ class Tiny(NamedTuple):
         def value(name: str, like: mx.array) -> mx.array:
             values = rng.normal(size=like.shape)
             if like.ndim == 1:  # norms near 1, biases near 0
-                values = 0.1 * values + (not name.endswith("bias"))
+                values = 0.1 * values + (not name.endswith("bias")) - self.config.norm_offset
             else:
                 values *= 1.5 / np.sqrt(like.shape[-1])
             return mx.array(values.astype(np.float32))
 
-        model = self.module.Model(self.module.ModelArgs(**self.arguments))
+        model = self.module.Model(self.module.ModelArgs.from_dict(self.arguments))
         model.update(tree_map_with_path(value, model.parameters()))
         nn.quantize(model, self.group_size, self.bits)
         model.freeze()
@@ -112,8 +88,8 @@ class Tiny(NamedTuple):
 
 @st.composite
 def tiny_models(draw: Any) -> Tiny:
-    """2 or 3 layers, D from 32 to 128, and whatever a family leaves open. All constants are exact in float32."""
-    family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "granite", "capped"]))
+    """2 or 3 layers, D from 32 to 128, whatever a family leaves open. Constants but Gemma's are exact in float32."""
+    family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "granite", "gemma2"]))
     width = draw(st.sampled_from(GROUP_SIZES))  # so that a group may be as wide as the model
     heads = max(4 if family == "qwen3" else 2, width // 16)  # 16 wide each; Qwen3's are wider than D = 32 together
     kv_heads = draw(st.sampled_from([h for h in (1, 2, 4) if h <= heads]))
@@ -125,8 +101,7 @@ def tiny_models(draw: Any) -> Tiny:
         tie_word_embeddings=draw(st.booleans()), max_position_embeddings=256, rope_theta=base,
     )  # fmt: skip
     config = transformer.Config(heads, kv_heads, rope_base=base)
-    modules: dict[str, Any] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "granite": granite}
-    module = modules.get(family, SimpleNamespace(Model=CappedLlama, ModelArgs=llama.ModelArgs))
+    modules: dict[str, Any] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "granite": granite, "gemma2": gemma2}
     if family in ("llama", "granite"):
         arguments |= dict(attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
     if family == "llama":
@@ -136,12 +111,17 @@ def tiny_models(draw: Any) -> Tiny:
         arguments |= dict(head_dim=16)
     elif family == "granite":
         scales = dict(logits_scaling=2.0, attention_multiplier=0.125, embedding_multiplier=3.0)
-        arguments |= dict(**scales, residual_multiplier=1.0)
-        config = config._replace(attention_scale=0.125, embedding_scale=3.0, logit_scale=0.5)
-    elif family == "capped":
-        config = config._replace(attention_scale=0.5, attention_softcap=3.0, logit_softcap=5.0)
+        arguments |= dict(**scales, residual_multiplier=0.5)
+        config = config._replace(attention_scale=0.125, embedding_scale=3.0, logit_scale=0.5, residual_scale=0.5)
+    elif family == "gemma2":
+        caps = dict(attn_logit_softcapping=3.0, final_logit_softcapping=5.0)
+        arguments |= dict(**caps, head_dim=16, query_pre_attn_scalar=4.0)
+        config = config._replace(
+            attention_scale=0.5, attention_softcap=3.0, logit_softcap=5.0, embedding_scale=width**0.5,
+            norm_offset=1.0, activation=parts.gelu,
+        )  # fmt: skip
     bits, group_size = draw(st.sampled_from(BITS)), draw(st.sampled_from([g for g in GROUP_SIZES if g <= width]))
-    return Tiny(module, arguments, config, bits, group_size, draw(st.integers(0, 2**32)))
+    return Tiny(modules[family], arguments, config, bits, group_size, draw(st.integers(0, 2**32)))
 
 
 class Run(NamedTuple):

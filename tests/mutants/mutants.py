@@ -97,7 +97,7 @@ REFERENCE = (
         "reference/duet.py",
         "softmax before top-K: probabilities for raw logits",
         "return np.take_along_axis(logits, positions[..., None], axis=1)",
-        "return np.take_along_axis(transformer.softmax(logits)[0], positions[..., None], axis=1)",
+        "return np.take_along_axis(transformer.parts.softmax(logits)[0], positions[..., None], axis=1)",
         "tests/reference/test_duet.py",
     ),
     Mutant(
@@ -167,25 +167,25 @@ REFERENCE = (
         "tests/reference/test_quantize.py",
     ),
     Mutant(
-        "reference/transformer.py",
+        "reference/parts.py",
         "RoPE starts at 0 behind a prefix",
         "positions = np.arange(start, start + x.shape[-2])",
         "positions = np.arange(x.shape[-2])",
-        "tests/reference/test_transformer.py",
+        "tests/reference/test_parts.py tests/reference/test_transformer.py",
     ),
     Mutant(
-        "reference/transformer.py",
+        "reference/parts.py",
         "attention sees one token ahead",
         "np.arange(k.shape[2]) <= past + np.arange(queries.shape[2])[:, None]",
         "np.arange(k.shape[2]) <= past + 1 + np.arange(queries.shape[2])[:, None]",
-        "tests/reference/test_transformer.py",
+        "tests/reference/test_parts.py tests/reference/test_transformer.py",
     ),
     Mutant(
-        "reference/transformer.py",
+        "reference/parts.py",
         "gradients of shared key heads averaged, not added",
         "*keys.shape[2:]).sum(axis=2)",
         "*keys.shape[2:]).mean(axis=2)",
-        "tests/reference/test_transformer.py",
+        "tests/reference/test_parts.py tests/reference/test_transformer.py",
     ),
     # --- metrics and baselines
     Mutant(

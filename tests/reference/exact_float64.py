@@ -29,6 +29,10 @@ def sigmoid(x: mx.array) -> mx.array:
     return 0.5 * (1 + mx.tanh(0.5 * x))
 
 
+def gelu(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def softmax(x: mx.array, axis: Any = None, **_: Any) -> mx.array:
     p = exp(x - mx.stop_gradient(x.max(axis=axis, keepdims=True)))
     return p / p.sum(axis=axis, keepdims=True)
@@ -104,7 +108,7 @@ def exact_float64() -> Iterator[None]:
     places += [(mx.fast, "scaled_dot_product_attention", attend)]
     places += [(mx, "exp", exp), (mx, "sigmoid", sigmoid), (mx, "softmax", softmax)]
     places += [(mx, "logsumexp", logsumexp), (mx, "logaddexp", logaddexp)]
-    places += [(nn, "silu", lambda x: x * sigmoid(x))]
+    places += [(nn, "silu", lambda x: x * sigmoid(x)), (nn, "gelu_approx", gelu)]
     models = [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
     swiglu = activations.swiglu
     places += [
