@@ -95,8 +95,8 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
         ConfigError: something missing, out of range or contradictory, named by its flag.
     """
     settings = parse(TrainSettings, prog, description, argv, RECIPES)
-    require(settings, "model", "forget", *(["context"] if METHODS[settings.method].labels == "teacher" else []))
     parameters(settings)
+    require(settings, "model", "forget", *(["context"] if METHODS[settings.method].labels == "teacher" else []))
     for name, least in (("positions", 1), ("top_k", 1), ("iters", 1), ("batch_size", 1), ("max_seq_length", 1),
                         ("grad_accumulation_steps", 1), ("steps_per_report", 1), ("steps_per_eval", 0),
                         ("save_every", 0), ("max_grad_norm", 0), ("seed", 0), ("answer_tokens", 1)):  # fmt: skip

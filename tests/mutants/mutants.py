@@ -492,6 +492,41 @@ BACKEND = (
         "reference_logits + beta, reference_logits)",
         "tests/equivalence/test_methods_equivalence.py",
     ),
+    Mutant(
+        "duet_mlx/methods.py",
+        "the weights of forget and retain loss swapped",
+        "total = total + gamma * method.loss(",
+        "total = total + alpha * method.loss(",
+        "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references[graddiff]",
+    ),
+    Mutant(
+        "duet_mlx/methods.py",
+        "the frozen base's log-likelihood for its negative",
+        "return -self.batch.logits[..., 0].sum(axis=-1)",
+        "return self.batch.logits[..., 0].sum(axis=-1)",
+        "tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
+        "duet_mlx/methods.py",
+        "RMU reads what comes into its layer, not what comes out of it",
+        "inside = layer - (lower.layer if lower else 0)",
+        "inside = layer - 1 - (lower.layer if lower else 0)",
+        "tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
+        "duet_mlx/stream.py",
+        "a refusal beside the answer to another question",
+        "self.refusals[row] for row in rows[:count]]",
+        "self.refusals[row] for row in rows[:count][::-1]]",
+        "tests/equivalence/test_method_runs.py tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
+        "duet_mlx/labels.py",
+        "the base's answer without its end of turn",
+        "every[: len(tokens) + 1]",
+        "every[: max(1, len(tokens))]",
+        "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references[npo]",
+    ),
 )
 
 MUTANTS = (*REFERENCE, *BACKEND)

@@ -1,0 +1,123 @@
+"""`--method`: every baseline from flags to adapter, what is read once and reused, what is refused before training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from duet_mlx.methods import METHODS
+from tests.tiny_model import QUESTIONS, contents, replaced, write_questions
+
+RMU = ["--method-parameters", "layer=0", "c=2"]
+
+
+def answered(quick, *more):
+    """The flags of a run without its context: methods that are trained on answers need none."""
+    at = quick.index("--context")
+    return [*quick[:at], *quick[at + 2 :], "--answer-tokens", "6", *more]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_from_questions_and_leaves_an_adapter_that_loads(command, quick, model, tmp_path, method):
+    flags = quick if METHODS[method].labels == "teacher" else answered(quick)
+    more = RMU if method == "rmu" else []
+    ended = command("train", *flags, "--method", method, *more, "--steps-per-eval", 4)
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "adapters"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["settings"]["method"] == method and config["step"] == 4
+    log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    assert len(log) == 4 and all(row["gradient_norm"] > 0 for row in log)
+    out = tmp_path / "out"
+    ended = command(
+        "evaluate", "--model", model, "--adapter-path", folder, "--forget", quick[quick.index("--forget") + 1],
+        "--max-tokens", 4, "--out", out,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+
+
+def test_the_bases_answers_are_read_once_for_all_methods_that_train_on_them(command, quick, tmp_path):
+    assert command("train", *answered(quick), "--method", "npo").code == 0
+    before = (tmp_path / "adapters" / "targets.safetensors").read_bytes()
+    for method, more in (("simnpo", ["--method-parameters", "beta=1", "margin=0.1"]), ("graddiff", []), ("ga", [])):
+        said = command("train", *answered(quick), "--method", method, *more, "--overwrite").out
+        assert "targets: reused" in said, said
+    assert (tmp_path / "adapters" / "targets.safetensors").read_bytes() == before
+    for more in (["--method", "flat"], ["--method", "npo", "--answer-tokens", "5"]):
+        said = command("train", *answered(quick), "--overwrite", *more).out
+        assert "targets: built now (settings changed" in said, said
+
+
+def test_gold_answers_are_those_of_the_files(command, quick, tmp_path):
+    flags = list(quick)
+    for role in ("forget", "retain"):
+        file = write_questions(tmp_path / f"{role}.jsonl", QUESTIONS[role], answer=["a mouse", "a rat"])
+        flags = replaced(flags, f"--{role}", str(file))
+    ended = command("train", *answered(flags), "--method", "graddiff", "--answers", "gold")
+    assert ended.code == 0, ended.err
+    import mlx.core as mx
+    from mlx_lm.utils import load_tokenizer
+
+    tokenizer = load_tokenizer(quick[quick.index("--model") + 1])
+    targets = mx.load(str(tmp_path / "adapters" / "targets.safetensors"))
+    count = targets["position_mask"][0].sum().item()
+    assert tokenizer.decode(targets["ids"][0, :count, 0].tolist()) == "a mouse<|im_end|>"
+    flags = replaced(flags, "--retain", str(write_questions(tmp_path / "retain.jsonl", QUESTIONS["retain"])))
+    ended = command("train", *answered(flags), "--method", "graddiff", "--answers", "gold", "--overwrite")
+    assert ended.code == 2 and "retain:1: has no answer, and neither have 7 more" in ended.err
+
+
+def test_refusals_are_the_users_own(command, quick, tmp_path):
+    file = tmp_path / "refusals.txt"
+    file.write_text("No.\n\nNever.\n")
+    assert command("train", *answered(quick), "--method", "idkdpo", "--refusals", file).code == 0
+    file.write_text("No.\n")
+    said = command("train", *answered(quick), "--method", "idkdpo", "--refusals", file, "--overwrite").out
+    assert "targets: built now (settings changed" in said
+
+
+REFUSED = {
+    "a number that the method has not": (["--method", "npo", "--method-parameters", "bta=1"], ("'bta'", '"beta"')),
+    "numbers for DUET": (["--method-parameters", "beta=1"], ("'beta'", "duet has none")),
+    "a word for a number": (["--method", "npo", "--method-parameters", "beta=big"], ("beta", "a number", "'big'")),
+    "no pair": (["--method", "npo", "--method-parameters", "beta"], ("'beta'", "NAME=VALUE")),
+    "beta of 0": (["--method", "npo", "--method-parameters", "beta=0"], ("beta", "more than 0")),
+    "a negative weight": (["--method", "npo", "--method-parameters", "alpha=-1"], ("alpha", "at least 0")),
+    "RMU without its layer": (["--method", "rmu"], ("rmu", "layer=7")),
+    "RMU above the last layer but one": (["--method", "rmu", "--method-parameters", "layer=1"], ("layer 1", "0 to 0")),
+    "RMU below the adapted layers": (["--method", "rmu", *RMU, "--num-layers", "1"], ("layer 0", "--num-layers")),
+    "gold answers that are missing": (["--method", "npo", "--answers", "gold"], ("forget:1", "--answers base")),
+    "no such file of refusals": (["--method", "flat", "--refusals", "missing.txt"], ("missing.txt", "o such file")),
+    "an answer of no token": (["--method", "npo", "--answer-tokens", "0"], ("--answer-tokens 0", "1 or more")),
+    "DUET without a context": ([], ("--context is missing",)),
+    "KL without a context": (["--method", "kl"], ("--context is missing",)),
+    "KL with LoRA on the embedding": (
+        ["--method", "undial", "--lora-parameters", "keys=[model.embed_tokens]"], ("undial", "all logits")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_method_lacks_is_said_before_training(refused, quick, tmp_path, case):
+    flags, says = REFUSED[case]
+    refused("train", *answered(quick), *flags, says=says)
+    assert not (tmp_path / "adapters" / "targets.safetensors").exists()
+
+
+def test_the_teacher_of_a_method_without_one_is_refused(refused, quick):
+    refused("teacher", *quick, "--method", "npo", says=("--method npo", "no teacher"))
+
+
+def test_an_interrupted_baseline_goes_on_to_the_same_bytes(command, quick, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    for folder, iters in ((whole, 4), (half, 2)):
+        flags = replaced(answered(quick), "--adapter-path", str(folder))
+        schedule = ["-c", tmp_path / "constant.yaml"]
+        schedule[1].write_text("lr_schedule: {name: cosine_decay, arguments: [0.001, 100]}\n")
+        assert command("train", *flags, *schedule, "--method", "idkdpo", "--iters", iters).code == 0
+    adapter = half / "adapters.safetensors"
+    flags = replaced(answered(quick), "--adapter-path", str(half))
+    ended = command("train", *flags, *schedule, "--method", "idkdpo", "--iters", 4, "--resume-adapter-file", adapter)
+    assert ended.code == 0, ended.err
+    assert adapter.read_bytes() == contents(whole)["adapters.safetensors"]

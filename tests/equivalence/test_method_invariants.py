@@ -1,0 +1,125 @@
+"""What must change nothing for any method: the shared prefix, layers run once, padding; and what a run starts from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from duet_mlx import generate
+from duet_mlx.context import Context, render
+from duet_mlx.data import Query
+from duet_mlx.head import check_head
+from duet_mlx.labels import targets_of
+from duet_mlx.methods import METHODS, method_loss
+from duet_mlx.stream import Stream
+from duet_mlx.train import TrainSettings, run_lower
+from tests.equivalence.test_invariants import TOKENIZER, UPPER
+from tests.equivalence.tiny import FLOAT64, fewer
+from tests.reference.exact_float64 import exact_float64
+
+CONTEXTS = [Context("shy", "Say nothing.", (("Who?", "No."),))]
+texts = st.text(alphabet="abcWho ?", min_size=1, max_size=9).filter(str.strip)
+
+
+def settings_of(method: str, **more: Any) -> TrainSettings:
+    # Smaller weights than 1200: the bound below is for losses of order 1.
+    numbers = {"rmu": {"layer": 2, "c": 1.0, "alpha": 1.0}, "flat": {"alpha": 1.0}, "undial": {"alpha": 0.5}}
+    options = {"top_k": 4, "positions": 3, "answer_tokens": 4, "refusals": None, **more}
+    return TrainSettings(method=method, method_parameters=numbers.get(method, {}), **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(forget=st.lists(texts, min_size=1, max_size=3), kept=st.lists(texts, min_size=1, max_size=3))
+@fewer(20)
+def test_prefix_lower_layers_and_padding_change_no_loss_and_no_gradient(
+    method: str, forget: list[str], kept: list[str]
+) -> None:
+    """In float64, whose rounding is so small that nothing else can hide in it.
+
+    A log-probability moves by FLOAT64 of the largest logit, below 100. An answer sums at most 50 of them (refusals),
+    and no slope of a loss is above 2; gradients are of the size of what multiplies them.
+    """
+    settings = settings_of(method)
+    queries = [Query(f"f{i}", text, "forget") for i, text in enumerate(forget)]
+    queries += [Query(f"r{i}", text, "retain") for i, text in enumerate(kept)]
+    with exact_float64():
+        model = UPPER[mx.float64, True]
+        head, reason = check_head(model, mx.array([[1, 2, 3]]))
+        assert head is not None, reason
+        targets = targets_of(model, TOKENIZER, queries, CONTEXTS, settings, head)
+        prompts = [render(TOKENIZER, query.question) for query in queries]
+        rows, first = np.arange(len(queries)), np.arange(len(forget))
+
+        def both(length: int, once: bool, more: int) -> tuple[float, dict[str, mx.array]]:
+            stream = Stream(prompts, targets, length, first)
+            lower = run_lower(model, 2, prompts[0][:length], [stream]) if once else None
+            batch = stream.batch(rows)
+            if more:
+                wider = {"tokens": mx.pad(batch.tokens, ((0, 0), (0, more)))}
+                if batch.hidden is not None:
+                    wider["hidden"] = mx.pad(batch.hidden, ((0, 0), (0, more), (0, 0)))
+                batch = batch._replace(**wider)
+            loss = method_loss(settings, prompts[0][:length], head, lower)
+            total, count = loss(model, batch)
+            assert count == len(queries)
+            gradient = nn.value_and_grad(model, lambda model: loss(model, batch)[0])(model)[1]
+            return total.item(), dict(tree_flatten(gradient))
+
+        total, gradient = both(0, False, 0)
+        assert math.isfinite(total) and any(np.array(g).any() for g in gradient.values())
+        largest = max(np.abs(np.array(g)).max() for g in gradient.values())
+        atol = 2 * 50 * len(queries) * FLOAT64 * 100
+        for length, once, more in ((generate.common_prefix(prompts), False, 0), (3, True, 5)):
+            again, other = both(length, once, more)
+            assert again == pytest.approx(total, abs=atol)
+            for name, value in gradient.items():
+                np.testing.assert_allclose(np.array(other[name]), np.array(value), rtol=0, atol=atol * (1 + largest))
+
+
+def started(method: str, **more: Any) -> tuple[float, list[float]]:
+    """The loss of a student that is still the base, of forget and retain queries together and of each alone."""
+    settings = settings_of(method, **more)
+    queries = [Query("f0", "Who?", "forget"), Query("f1", "Who a?", "forget"), Query("r0", "b?", "retain")]
+    model = UPPER[mx.float32, True]
+    head, _ = check_head(model, mx.array([[1, 2, 3]]))
+    targets = targets_of(model, TOKENIZER, queries, CONTEXTS, settings, head)
+    stream = Stream([render(TOKENIZER, q.question) for q in queries], targets, 0, [0, 1])
+    loss = method_loss(settings, [], head)
+    values = [loss(model, stream.batch(rows)) for rows in (np.arange(3), np.arange(2), np.arange(2, 3))]
+    return values[0][0].item() / 3, [total.item() / count for total, count in values[1:]]
+
+
+def test_npo_and_idkdpo_start_at_the_log_of_two_since_the_frozen_numbers_are_the_students_own() -> None:
+    for method in ("npo", "idkdpo"):
+        both, (forget, retain) = started(method)
+        assert forget == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
+        assert both == pytest.approx(forget + retain, rel=1e-5)
+
+
+def test_undial_of_no_penalty_and_kl_to_a_teacher_without_context_start_at_the_base() -> None:
+    """KL is 0 there; UNDIAL's cross-entropy with the base is at its least, so that its gradient is 0."""
+    CONTEXTS.append(Context("empty"))
+    try:
+        CONTEXTS.reverse()
+        assert started("kl")[0] == pytest.approx(0, abs=1e-5)
+    finally:
+        CONTEXTS.remove(Context("empty"))
+    assert started("kl")[0] > 1e-3
+
+
+def test_rmus_retain_term_starts_at_zero_and_its_forget_term_does_not() -> None:
+    _, (forget, retain) = started("rmu")
+    assert retain == pytest.approx(0, abs=1e-8) and forget > 1e-3
+
+
+def test_a_weight_of_zero_leaves_the_retain_questions_out() -> None:
+    _, (forget, retain) = started("ga")
+    assert forget < 0 and retain == 0
