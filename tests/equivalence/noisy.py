@@ -49,9 +49,9 @@ class Noisy(np.ndarray):
             return ufunc.at(*plain)
         result = np.asarray(getattr(ufunc, method)(*plain, **options))
         if result.dtype == np.float64 and ufunc not in EXACT:
-            size = np.where(np.isfinite(result), UNIT * _roundings(ufunc, method, plain, options, result), 0.0)
             start = self.rng.integers(SIGNS.size - result.size)
-            result = result + size * SIGNS[start : start + result.size].reshape(result.shape)  # -inf, a mask, stays
+            signs = SIGNS[start : start + result.size].reshape(result.shape)
+            result = _moved(ufunc, method, plain, options, result, UNIT * signs)
         if out is not None:
             np.asarray(out[0])[...] = result
             return out[0]
@@ -62,16 +62,17 @@ class Noisy(np.ndarray):
         return result.view(Noisy) if type(result) is np.ndarray and result.dtype == np.float64 else result
 
 
-def _roundings(ufunc: Any, method: str, inputs: list[Any], options: dict[str, Any], result: np.ndarray) -> Any:
-    """b_i of each entry of `result`, in units u."""
-    size = np.abs(result)
+def _moved(ufunc: Any, method: str, inputs: list[Any], options: dict[str, Any], result: Any, by: Any) -> Any:
+    """Each entry of the result, moved by b_i up or down; `by` is ±u."""
     if ufunc is np.matmul:
-        return np.sqrt(inputs[0].shape[-1]) * (np.abs(inputs[0]) @ np.abs(inputs[1]))
+        return result + by * np.sqrt(inputs[0].shape[-1]) * (np.abs(inputs[0]) @ np.abs(inputs[1]))
     if method == "reduce":
-        return np.sqrt(inputs[0].size / max(1, result.size)) * np.add.reduce(np.abs(inputs[0]), **options)
+        terms = inputs[0].size / max(1, result.size)
+        return result + by * np.sqrt(terms) * np.add.reduce(np.abs(inputs[0]), **options)
     if ufunc is np.power:
-        return (8 + 4 * np.abs(np.log(size, out=np.zeros_like(size), where=size > 0))) * size
-    return 8 * size if ufunc in LIBRARY else size
+        size = np.abs(result)
+        return result * (1 + by * (8 + 4 * np.abs(np.log(size, out=np.zeros_like(size), where=size > 0))))
+    return result * (1 + (8 * by if ufunc in LIBRARY else by))  # a factor: -inf, a masked score, stays
 
 
 def noisy(tree: Any) -> Any:
