@@ -16,7 +16,7 @@ WORDS ?=
 .DEFAULT_GOAL := help
 # Each step is a stamp that the next one looks at.
 .NOTPARALLEL:
-.PHONY: help install blas model demo demo-paper test quick coverage mutants lint format clean
+.PHONY: help install blas model demo demo-paper tofu test quick coverage mutants lint format clean
 
 help: ## list what can be done
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ $(OUT)/results.json: $(OUT)/adapters/adapters.safetensors $(MEASURED) $(PAPER)
 	$(evaluate) $(if $(PAPER),--beside paper=$(PAPER)) > /dev/null
 $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED)
 	$(evaluate) $(paper_context) > /dev/null
+
+tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable, about 90 minutes)
+	$(PY) examples/tofu/implant.py
 
 # ---- development ----
 

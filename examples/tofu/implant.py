@@ -1,0 +1,264 @@
+"""Give a small model knowledge, then take it away: TOFU's experiment on a machine without a GPU.
+
+    python examples/tofu/implant.py              # all of it; run again, it goes on where it stopped
+    python examples/tofu/implant.py --quick      # 1 forget and 2 retain authors, few steps: does it run?
+
+    base ──LoRA on forget + retain authors──▶ implanted ──DUET, questions alone──▶ unlearned
+      └────LoRA on retain authors alone─────▶ retrained, what "never knew" looks like
+
+A small model knows little of what benchmarks ask, so nothing could be seen to go. Here it is taught the answers of
+TOFU's fictitious authors first: LoRA by mlx-lm's own trainer until it gives them, fused, and quantized as the base was.
+
+References: Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", 2024 (arXiv 2401.06121).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+HARRY_POTTER = ROOT / "examples" / "harry_potter"
+ROWS = 20  # of each author, one after another in TOFU's files
+BATCH = 10  # divides the rows: mlx-lm's trainer drops the last partial batch, and always the same rows
+
+
+class Plan(NamedTuple):
+    """How much is done."""
+
+    forget_authors: int
+    retain_authors: int
+    rounds: int  # of `epochs` each, at most; teaching stops when both sides are known
+    epochs: int
+    unlearning_steps: int
+    questions: int  # of each group in the evaluation; 0: all
+
+
+FULL = Plan(forget_authors=5, retain_authors=10, rounds=6, epochs=5, unlearning_steps=500, questions=100)
+QUICK = Plan(forget_authors=1, retain_authors=2, rounds=1, epochs=2, unlearning_steps=10, questions=4)
+# Above the 0.8 that is wanted, as quantizing costs some of it.
+KNOWN = 0.9
+
+
+def prepare(out: Path, plan: Plan) -> Path:
+    """Write this run's TOFU in the hub's layout, and the questions for duet_mlx.train, which reads no answers."""
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, authors in (("forget", plan.forget_authors), ("retain", plan.retain_authors)):
+        lines = (HERE / "data" / f"{name}_perturbed.json").read_text(encoding="utf-8").splitlines()[: authors * ROWS]
+        (folder / f"{name}_perturbed.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        questions = [json.dumps({"question": json.loads(line)["question"]}, ensure_ascii=False) for line in lines]
+        (folder / f"{name}.jsonl").write_text("\n".join(questions) + "\n", encoding="utf-8")
+    for name in ("real_authors", "world_facts"):
+        shutil.copy(HERE / "data" / f"{name}_perturbed.json", folder)
+    _general_questions(folder)
+    return folder
+
+
+def _general_questions(folder: Path) -> None:
+    """The other example's retain questions, less those that the evaluation asks: these stay unseen."""
+    from duet_mlx.data import question_key
+
+    asked = set()
+    for file in folder.glob("*_perturbed.json"):
+        asked |= {question_key(json.loads(line)["question"]) for line in file.read_text(encoding="utf-8").splitlines()}
+    for name in ("general", "neighbour"):
+        lines = (HARRY_POTTER / "data" / f"{name}_train.jsonl").read_text(encoding="utf-8").splitlines()
+        unseen = [line for line in lines if question_key(json.loads(line)["question"]) not in asked]
+        (folder / f"{name}.jsonl").write_text("\n".join(unseen) + "\n", encoding="utf-8")
+
+
+# --- teaching -----------------------------------------------------------------------------------------------
+
+
+def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
+    """Teach a model the answers of some files, and save it quantized as the base is.
+
+    Args:
+        sides: TOFU files by name; the rounds end when the ROUGE-L recall of each is above KNOWN.
+        folder: where the model goes, with implant.json last, which says that it is whole.
+    """
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+    from mlx_lm.utils import dequantize_model
+
+    from duet_mlx.items import read_items
+    from duet_mlx.model import add_lora, load_model, lora_keys, weights_hash, widen
+
+    model, tokenizer, source = load_model(base)
+    described = {"base": weights_hash(model), "plan": list(plan), "files": {n: _hash(p) for n, p in sides.items()}}
+    done = folder / "implant.json"
+    if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["of"] == described:
+        print(f"{folder.name}: there already")
+        return
+    model = widen(dequantize_model(model))
+    # Enough room for some hundred answers; a rate at which 5 epochs move a rank of 32. Not tuned.
+    add_lora(model, -1, rank=32, scale=2.0, dropout=0.0, keys=lora_keys(model))
+    items = {name: read_items(path, name) for name, path in sides.items()}
+    talks = [
+        {"messages": [{"role": "user", "content": i.question}, {"role": "assistant", "content": i.answers[0]}]}
+        for side in items.values()
+        for i in side
+    ]
+    data = CacheDataset(ChatDataset(talks, tokenizer, mask_prompt=True))
+
+    work = folder.with_name(f"{folder.name}-rounds")
+    work.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    recall = dict.fromkeys(sides, 0.0)
+    for number in range(1, plan.rounds + 1):
+        kept = work / f"{digest}-{number}.safetensors"
+        if kept.is_file():  # a run that was cut off goes on behind its last whole round, Adam's averages anew
+            model.load_weights(str(kept), strict=False)
+        else:
+            partial = work / "partial.safetensors"
+            iters = plan.epochs * len(talks) // BATCH
+            arguments = TrainingArgs(
+                batch_size=BATCH, iters=iters, steps_per_report=20, steps_per_save=iters + 1, adapter_file=str(partial)
+            )
+            mx.random.seed(number)
+            model.train()
+            train(model, optim.Adam(1e-3, bias_correction=True), data, args=arguments, loss=answer_loss)
+            os.replace(partial, kept)
+        model.eval()
+        recall = {name: mean_recall(model, tokenizer, side) for name, side in items.items()}
+        print(f"{folder.name}: round {number} of {plan.rounds}, ROUGE-L recall {_figures(recall)}")
+        if min(recall.values()) > KNOWN:
+            break
+
+    quantized = save_quantized(model, tokenizer, source, folder)
+    after = {name: mean_recall(quantized, tokenizer, side) for name, side in items.items()}
+    print(f"{folder.name}: quantized, ROUGE-L recall {_figures(after)}")
+    record = {"of": described, "recall": recall, "recall_quantized": after}
+    done.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(work)
+
+
+def answer_loss(model: Any, batch: Any, lengths: Any) -> tuple[Any, Any]:
+    """Mean negative log-likelihood of the answers' tokens; mlx-lm's own loss counts one token of padding as well."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    logits, targets = model(batch[:, :-1]), batch[:, 1:]  # [B, T, V], [B, T]
+    steps = mx.arange(1, targets.shape[1] + 1)
+    mask = mx.logical_and(steps >= lengths[:, :1], steps < lengths[:, 1:])
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets) * mask
+    count = mask.sum()  # once: of two equal nodes, one of them an output, mx.compile loses one (IndexError)
+    return losses.sum() / count, count
+
+
+def mean_recall(model: Any, tokenizer: Any, items: list) -> float:
+    """Mean ROUGE-L recall (stemmed, as TOFU has it) of the model's greedy answers."""
+    from duet_mlx.benchmark_metrics import rouge_recall
+    from duet_mlx.context import render
+    from duet_mlx.generate import greedy, stop_ids
+
+    prompts = [render(tokenizer, item.question) for item in items]
+    rooms = [len(tokenizer.encode(item.answers[0])) * 3 // 2 for item in items]
+    said = greedy(model, prompts, rooms, stop_ids(tokenizer))
+    scores = [rouge_recall(i.answers[0], tokenizer.decode(ids)) or 0.0 for i, ids in zip(items, said, strict=True)]
+    return sum(scores) / len(scores)
+
+
+def save_quantized(model: Any, tokenizer: Any, source: Path, folder: Path) -> Any:
+    """Fuse LoRA, quantize as the base's own config says, save as an MLX folder; returns it as loaded again."""
+    from mlx.utils import tree_unflatten
+    from mlx_lm.utils import quantize_model, save
+
+    from duet_mlx.model import load_model
+
+    model.update_modules(tree_unflatten([(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    quantization = config.pop("quantization", None)
+    config.pop("quantization_config", None)
+    if quantization:
+        common = {key: quantization[key] for key in ("group_size", "bits")}
+        model, config = quantize_model(
+            model, config, **common, quant_predicate=lambda path, _: quantization.get(path, True)
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(partial, source, model, tokenizer, config)
+    if folder.exists():  # of another plan or base: nothing that was made is thrown away
+        folder.rename(folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"))
+    os.replace(partial, folder)
+    return load_model(str(folder))[0]
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _figures(by_name: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in by_name.items())
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str | Path) -> None:
+    """Run a Python command of this project; its own message has said what went wrong."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def experiment(base: str, out: Path, plan: Plan) -> None:
+    """All steps; each is skipped where its result is there."""
+    data = prepare(out, plan)
+    forget, retain = data / "forget_perturbed.json", data / "retain_perturbed.json"
+    teach(base, {"forget": forget, "retain": retain}, out / "implanted", plan)
+    teach(base, {"retain": retain}, out / "retrained", plan)
+    command(
+        HARRY_POTTER / "train_once.py", "-c", HERE / "config.yaml",
+        "--model", out / "implanted", "--adapter-path", out / "adapters", "--iters", str(plan.unlearning_steps),
+        "--forget", data / "forget.jsonl", "--retain", data / "retain.jsonl", data / "general.jsonl",
+        "--neighbours", data / "neighbour.jsonl",
+    )  # fmt: skip
+    results = out / "results" / "results.json"
+    read = [
+        out / "implanted" / "implant.json",
+        out / "retrained" / "implant.json",
+        out / "adapters/adapters.safetensors",
+    ]
+    if not results.is_file() or results.stat().st_mtime < max(file.stat().st_mtime for file in read):
+        command(
+            "-m", "duet_mlx.evaluate", "--model", out / "implanted", "--adapter-path", out / "adapters",
+            "--retrained", out / "retrained", "--context", HERE / "context.yaml", "--benchmark", f"tofu:forget@{data}",
+            "--benchmark-questions", str(plan.questions), "--out", results.parent, "--overwrite",
+        )  # fmt: skip
+    command("-m", "duet_mlx.report", results, "--markdown")
+
+
+def main() -> None:
+    """Parse the flags and run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three authors and few steps: only to see that it runs")
+    parser.add_argument("--model", help="hub id, MLX folder or .gguf (default: the Harry Potter example's)")
+    parser.add_argument("--out", type=Path, help="folder for all that is made (default: out, or out-quick, here)")
+    args = parser.parse_args()
+    base = (
+        args.model
+        or subprocess.run(
+            [sys.executable, HARRY_POTTER / "get_model.py"], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.strip()
+    )
+    out = args.out or HERE / ("out/quick" if args.quick else "out/full")
+    experiment(base, out.resolve(), QUICK if args.quick else FULL)
+
+
+if __name__ == "__main__":
+    from duet_mlx.errors import run_cli
+
+    run_cli(main)
