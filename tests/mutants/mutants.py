@@ -187,6 +187,27 @@ REFERENCE = (
         "*keys.shape[2:]).mean(axis=2)",
         "tests/reference/test_parts.py tests/reference/test_transformer.py",
     ),
+    Mutant(
+        "reference/parts.py",
+        "GELU's slope without that of its tanh",
+        "0.5 * (1 + t) + 0.5 * z * (1 - t**2) * c * (1 + 3 * 0.044715 * z**2)",
+        "0.5 * (1 + t)",
+        "tests/reference/test_parts.py",
+    ),
+    Mutant(
+        "reference/transformer.py",
+        "the scale of what the MLP adds forgotten on the way back",
+        "after_back(scale * by_y)",
+        "after_back(by_y)",
+        "tests/reference/test_transformer.py",
+    ),
+    Mutant(
+        "reference/transformer.py",
+        "a loss on hidden states reads them a layer too high",
+        "while len(blocks) != count and",
+        "while len(blocks) != (None if count is None else count + 1) and",
+        "tests/reference/test_transformer.py",
+    ),
     # --- metrics and baselines
     Mutant(
         "reference/metrics.py",
@@ -369,6 +390,13 @@ BACKEND = (
         "None if biases is None else biases[ids]",
         "None if biases is None else mx.zeros_like(biases[ids])",
         "tests/unit/test_head.py",
+    ),
+    Mutant(
+        "duet_mlx/head.py",
+        "hidden states and head rows meet in the model's own half precision",
+        "hidden = hidden.astype(mx.float32)",
+        "hidden = hidden + 0",
+        "tests/equivalence/test_head_equivalence.py",
     ),
     Mutant(
         "duet_mlx/model.py",
