@@ -31,6 +31,10 @@ class TrainingError(DuetError):
     """A run cannot go on (non-finite loss, no room on the disk, …)."""
 
 
+class DivergedError(TrainingError):
+    """Loss or gradient is not finite any more: the settings' fault, and the last good adapter is kept."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean "…"?)' for the known name nearest to `name`, whatever its case, or ''."""
     by_lower_case = {one.lower(): one for one in known}

@@ -60,7 +60,7 @@ def parse(
             parser.add_argument(flag, choices=spec.metadata["choices"], type=_flag_type(kinds[name]), **options)
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
-    merged = _read_yaml(file) if file else {}
+    merged = read_yaml(file) if file else {}
     for name, value in given.items():
         before = merged.get(name)
         pairs = kinds[name] is dict
@@ -115,7 +115,7 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def read_yaml(file: str) -> dict[str, Any]:
     import yaml
 
     try:

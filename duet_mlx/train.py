@@ -25,7 +25,7 @@ from . import BLAS
 from .checkpoint import Checkpoint, adapter_config, append_text, folder_for_adapter, write_text
 from .context import Context, load_contexts, render
 from .data import Query, check_disjoint, load_queries
-from .errors import ConfigError, TrainingError, nearest, run_cli
+from .errors import ConfigError, DivergedError, TrainingError, nearest, run_cli
 from .labels import asked_of, check_answers, check_method, targets_of
 from .methods import METHODS, method_loss, parameters, reads_retain
 from .settings import parse, require, setting
@@ -285,7 +285,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     """Run all steps and leave the adapter folder; returns it.
 
     Raises:
-        TrainingError: loss or gradient not finite (the last good adapter is kept), or no room to write.
+        DivergedError: loss or gradient not finite (the last good adapter is kept).  TrainingError: no room to write.
         KeyboardInterrupt: after saving, with a line that says how to go on.
     """
     import mlx.core as mx
@@ -355,7 +355,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
                 model.load_weights(list(kept_at.adapter.items()), strict=False)
                 optimizer.state = tree_unflatten(list(kept_at.optimizer.items()))
                 checkpoint.save(model, optimizer, kept_at.step)
-                raise TrainingError(
+                raise DivergedError(
                     f"step {it}: loss {value.item()}, squared gradient norm {norm.item()}: not finite. The adapter of "
                     f"step {kept_at.step} is kept in {settings.adapter_path}; lower --learning-rate or set "
                     "--max-grad-norm"

@@ -525,7 +525,7 @@ BACKEND = (
         "the weights of forget and retain loss swapped",
         "total = total + gamma * method.loss(",
         "total = total + alpha * method.loss(",
-        "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references[graddiff]",
+        "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references",
     ),
     Mutant(
         "duet_mlx/methods.py",
@@ -553,7 +553,29 @@ BACKEND = (
         "the base's answer without its end of turn",
         "every[: len(tokens) + 1]",
         "every[: max(1, len(tokens))]",
-        "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references[npo]",
+        "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references",
+    ),
+    # --- the comparison
+    Mutant(
+        "duet_mlx/compare_table.py",
+        "a gain of forget recall counts as forgetting",
+        '((FORGET, "recall", -1), ',
+        '((FORGET, "recall", 1), ',
+        "tests/unit/test_compare_table.py",
+    ),
+    Mutant(
+        "duet_mlx/compare_table.py",
+        "the Pareto front overlooks the worst reverse prompt",
+        "points[model] = 1 - max(gone),",
+        "points[model] = 1 - gone[0],",
+        "tests/unit/test_compare_table.py",
+    ),
+    Mutant(
+        "duet_mlx/compare.py",
+        "the worst trial on validation is reported",
+        "best = max(shifts,",
+        "best = min(shifts,",
+        "tests/cli/test_compare.py::test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice",
     ),
 )
 

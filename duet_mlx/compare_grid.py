@@ -1,0 +1,136 @@
+"""What a comparison runs: every combination of a grid as one run, with a folder and a config.yaml of its own."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoint import write_text
+from .errors import ConfigError, nearest
+from .methods import METHODS
+from .settings import read_yaml, setting
+from .train import TrainSettings, parse_settings
+
+CONTEXT = "context"  # in-context unlearning: the base behind the context, nothing to train
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Settings of a comparison. `methods` and `sweeps` are for the YAML file."""
+
+    train: str = setting("", "YAML of duet_mlx.train: what all runs share, validation questions included")
+    evaluate: str = setting("", "YAML of duet_mlx.evaluate: the test questions")
+    methods: dict = setting({}, "NAME: {method: M, SETTING: [values to try]}; the best on validation is reported")
+    sweeps: dict = setting({}, "the same, but every combination is reported")
+    seeds: int = setting(1, "seeds in all for the best methods; the first is that of the train YAML")
+    best: int = setting(4, "how many methods are run with the other seeds")
+    trained: bool = setting(False, "ask the forget questions of training as well")
+    quick: bool = setting(False, "first trial of each grid, no sweeps, one seed, and the settings of quick_settings")
+    quick_settings: dict = setting({"iters": 40}, "settings of duet_mlx.train for --quick")
+    out: str = setting("", "folder for the runs, results.json, table.md and pictures")
+
+
+class Trial(NamedTuple):
+    """One run."""
+
+    name: str  # the row of the table
+    values: dict[str, Any]  # what sets it apart from the others of its grid
+    folder: Path
+    settings: TrainSettings
+
+
+def all_trials(settings: CompareSettings) -> tuple[dict[str, list[Trial]], dict[str, list[Trial]]]:
+    """The trials of each method and of each sweep, all of them checked before the first is run.
+
+    Raises:
+        ConfigError: as `grid_of` and `same_budget`, or one name for two grids.
+    """
+    if both := settings.methods.keys() & settings.sweeps.keys():
+        raise ConfigError(f"methods and sweeps: {min(both)} names a grid in each; choose another name for one")
+    grids = {name: grid_of(settings, name, grid) for name, grid in settings.methods.items()}
+    same_budget({name: trials for name, trials in grids.items() if trials})
+    return grids, {name: grid_of(settings, name, grid) for name, grid in settings.sweeps.items()}
+
+
+def grid_of(settings: CompareSettings, name: str, grid: Any) -> list[Trial]:
+    """The trials of one name: every combination of its lists. [] for in-context unlearning.
+
+    Raises:
+        ConfigError: no mapping, an unknown method or setting, an empty list, or what `duet_mlx.train` refuses.
+    """
+    if grid is None:
+        grid = {}
+    if not isinstance(grid, dict):
+        raise ConfigError(f"methods {name}: expected settings with lists of values, found {grid!r}")
+    lists = {key: value if isinstance(value, list) else [value] for key, value in grid.items() if key != "method"}
+    if empty := [key for key, values in lists.items() if not values]:
+        raise ConfigError(f"methods {name}: {empty[0]}: an empty list; name one value at least")
+    method = grid.get("method", name)
+    if method == CONTEXT:
+        return []
+    if method not in METHODS:
+        known = [*METHODS, CONTEXT]
+        raise ConfigError(f"methods {name}: no method {method!r}{nearest(str(method), known)}; there are {known}")
+    combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    trials = [trial_of(settings, name, method, values, lists) for values in combinations]
+    return trials[:1] if settings.quick else trials
+
+
+def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str, Any], lists: dict) -> Trial:
+    """One combination as a run: its config.yaml is written, and read as `duet_mlx.train` would."""
+    import yaml
+
+    shared = read_yaml(settings.train)
+    config = {**shared, "method": method, **(settings.quick_settings if settings.quick else {})}
+    known = {field.name for field in fields(TrainSettings)}
+    lora = TrainSettings().lora_parameters
+    for key, value in values.items():
+        if key in known:
+            config[key] = value
+        elif key in METHODS[method].defaults or key in lora:
+            group = "method_parameters" if key in METHODS[method].defaults else "lora_parameters"
+            config[group] = {**config.get(group, {}), key: _number(value)}
+        else:
+            names = [*known, *METHODS[method].defaults, *lora]
+            raise ConfigError(f"methods {name}: unknown setting {key!r}{nearest(str(key), names)}")
+    varied = {key: values[key] for key, tried in lists.items() if len(tried) > 1}
+    folder = Path(settings.out, "runs", _file_name(name), _file_name(",".join(f"{k}={v}" for k, v in varied.items())))
+    config["adapter_path"] = str(folder / "adapters")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    try:
+        parsed = parse_settings("python -m duet_mlx.train", "Train.", ["-c", str(folder / "config.yaml")])
+    except ConfigError as error:
+        raise ConfigError(f"methods {name} {varied or ''}: {error}") from error
+    return Trial(name, varied, folder, parsed)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML takes 1e-4 for text
+    except ValueError:
+        return value
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=,+ -]", "_", text) or "run"
+
+
+def same_budget(grids: dict[str, list[Trial]]) -> None:
+    """Raise ConfigError unless every method may try as many settings as any other: else it is no comparison."""
+    counts = {name: len(trials) for name, trials in grids.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ConfigError(f"methods: unlike numbers of trials ({listed}); give every method as many, or use sweeps")
+
+
+def other_seed(trial: Trial, k: int) -> Trial:
+    """The same run with the k-th next seed."""
+    seed, folder = trial.settings.seed + k, trial.folder / f"seed={trial.settings.seed + k}"
+    folder.mkdir(exist_ok=True)
+    return trial._replace(
+        folder=folder, settings=replace(trial.settings, seed=seed, adapter_path=str(folder / "adapters"))
+    )

@@ -1,0 +1,113 @@
+"""The table of a comparison: a row a method, what it forgot and kept, what it cost, and who is on the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .metrics import FORGET, GENERAL, NEIGHBOURS
+from .report import cell
+
+Row = dict[str, Any]
+TRAINED = f"{FORGET}, trained on"
+WORST = f"{FORGET}, worst reverse"
+COLUMNS = (
+    ("forget ↓", FORGET, "recall"),
+    ("worst reverse ↓", WORST, "recall"),
+    ("trained on ↓", TRAINED, "recall"),
+    ("neighbours ↑", NEIGHBOURS, "f1"),
+    ("general ↑", GENERAL, "f1"),
+    ("broken, forget ↓", FORGET, "broken"),
+    ("broken, general ↓", GENERAL, "broken"),
+)
+LEGEND = (
+    "Forget questions: recall of the base's own answer; neighbours and general: F1 with it; [95 % bootstrap interval]. "
+    "Shift: points of recall lost on forget questions, plus points of F1 gained on the others. "
+    "Front: ● where no other row forgets as much, reverse prompts included, and keeps as much, and more of one."
+)
+
+
+class Result(NamedTuple):
+    """One run, asked the test questions."""
+
+    name: str
+    values: dict[str, Any]
+    seed: int
+    rows: list[Row]
+    cost: dict[str, Any]  # seconds and peak_memory_gb of training
+
+    @property
+    def label(self) -> str:
+        """Its row in the table."""
+        return ", ".join([self.name, *(f"{key} {value}" for key, value in self.values.items())])
+
+
+def value(rows: Sequence[Row], model: str, group: str, metric: str) -> float | None:
+    """A cell's figure; None where there is none."""
+    wanted = (model, group, metric)
+    return next((r["value"] for r in rows if (r["model"], r["group"], r["metric"]) == wanted), None)
+
+
+def shift(rows: Sequence[Row], model: str, base: str = "base") -> float:
+    """Performance shift in points: what forget recall fell by, plus what F1 on the other groups rose by.
+
+    Reference: Zhong, Yang and Zhu, ICLR 2026: drops of the forget metrics plus changes of the utility metrics.
+    """
+    total = 0.0
+    for group, metric, sign in ((FORGET, "recall", -1), (GENERAL, "f1", 1), (NEIGHBOURS, "f1", 1)):
+        before, after = value(rows, base, group, metric), value(rows, model, group, metric)
+        if before is not None and after is not None:
+            total += 100 * sign * (after - before)
+    return total
+
+
+def front(rows: Sequence[Row], models: Sequence[str]) -> set[str]:
+    """The models that no other beats on both: forgetting (the worse of forget and worst reverse) and what is kept."""
+    points = {}
+    for model in models:
+        recalls = [value(rows, model, group, "recall") for group in (FORGET, WORST)]
+        shares = [value(rows, model, group, "f1") for group in (GENERAL, NEIGHBOURS)]
+        gone, kept = ([one for one in part if one is not None] for part in (recalls, shares))
+        if gone and kept:
+            points[model] = 1 - max(gone), sum(kept) / len(kept)
+    return {
+        model
+        for model, (x, y) in points.items()
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+    }
+
+
+def table_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Result]) -> str:
+    """The table in Markdown, its columns aligned, so that it can be read in a terminal as well."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cells = {(row["model"], row["group"], row["metric"]): row for row in rows}
+    columns = [c for c in COLUMNS if any((model, *c[1:]) in cells for model in models)]
+    best, costs = front(rows, models), {result.label: result.cost for result in shown}
+    lines = [["", *(c[0] for c in columns), "shift ↑", "front", "seconds", "GB"]]
+    for model in models:
+        cost = costs.get(model, {})
+        lines.append([
+            model,
+            *(cell(cells.get((model, group, metric))) for _, group, metric in columns),
+            "–" if model == "base" else f"{shift(rows, model):.1f}",
+            "●" if model in best else "",
+            f"{cost['seconds']:.0f}" if cost else "",
+            f"{cost['peak_memory_gb']:.2f}" if cost else "",
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [" | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in lines]
+    rule = "-|-".join("-" * w for w in widths)
+    table = "\n".join(f"| {line} |" for line in [padded[0], *padded[1:]]).replace("\n", f"\n|-{rule}-|\n", 1)
+    return "\n".join([table, "", LEGEND, *seeds_of(shown, again)])
+
+
+def seeds_of(shown: Sequence[Result], again: Sequence[Result]) -> list[str]:
+    """A line for each method that was run with several seeds: mean and range of its shift."""
+    lines = []
+    for one in shown:
+        runs = [one, *(other for other in again if other.label == one.label)]
+        if len(runs) > 1:
+            shifts = [shift(run.rows, "unlearned") for run in runs]
+            mean, seeds = sum(shifts) / len(shifts), ", ".join(str(run.seed) for run in runs)
+            lines.append(f"{one.label}, seeds {seeds}: shift {mean:.1f}, from {min(shifts):.1f} to {max(shifts):.1f}")
+    return ["", *lines] if lines else []

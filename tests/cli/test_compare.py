@@ -1,0 +1,157 @@
+"""`compare`: from a YAML file to one table; runs that are there are not repeated; the fair part of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from duet_mlx.report import load_results
+from tests.tiny_model import write_questions
+
+TRIED = {"learning_rate": ["1e-3", 0.05]}
+
+
+@pytest.fixture
+def comparison(model, data, tmp_path, monkeypatch):
+    """comparison(methods, more settings) writes the three YAML files; the path of the comparison's."""
+    # Each evaluation's own pictures would take most of the time; the comparison's is drawn.
+    monkeypatch.setattr("duet_mlx.evaluate.picture", lambda *_: None)
+    files = dict(zip(data[::2], data[1::2], strict=True))
+    valid = [str(write_questions(tmp_path / f"{role}_valid.jsonl", [text]))
+             for role, text in (("forget", "Who owns the red broom?"), ("retain", "What do birds make?"))]  # fmt: skip
+    train = {
+        "model": str(model), "forget": [files["--forget"]], "retain": [files["--retain"]],
+        "context": files["--context"], "valid_forget": valid[0], "valid_retain": valid[1], "iters": 4,
+        "batch_size": 4, "top_k": 5, "positions": 3, "steps_per_eval": 0, "save_every": 0, "answer_tokens": 6,
+    }  # fmt: skip
+    test = {
+        "model": str(model), "forget": valid[0], "retain": valid[1], "context": files["--context"], "max_tokens": 4,
+    }  # fmt: skip
+
+    def write(methods, **more):
+        names = ("train", "evaluate", "compare")
+        shared = {"train": str(tmp_path / "train.yaml"), "evaluate": str(tmp_path / "evaluate.yaml")}
+        config = {**shared, "out": str(tmp_path / "out"), "methods": methods, **more}
+        for name, content in zip(names, (train, test, config), strict=True):
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return tmp_path / "compare.yaml"
+
+    return write
+
+
+def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, comparison, tmp_path):
+    methods = {"duet": TRIED, "npo, weak": {"method": "npo", "beta": [0.1, 1.0]}, "context": None}
+    config = comparison(methods, sweeps={"K": {"method": "duet", "top_k": [1, 3]}}, seeds=2, best=1, trained=True)
+    ended = command("compare", "-c", config)
+    assert ended.code == 0, ended.err
+    results = load_results(tmp_path / "out" / "results.json")
+    models = list(dict.fromkeys(row["model"] for row in results["rows"]))
+    duet, npo = models[2:4]
+    assert models == ["base", "base + context", duet, npo, "K, top_k 1", "K, top_k 3"]
+    # The row is the best of its grid on the validation questions.
+    for name, label, key in (("duet", duet, "learning_rate"), ("npo, weak", npo, "beta")):
+        tried = results["meta"]["tried"][name]
+        assert len(tried) == 2 and label.startswith(f"{name}, {key} ")
+        best = max(tried, key=lambda trial: trial["shift"])
+        assert label == f"{name}, {key} {best[key]}"
+    assert any(row["group"] == "forget, trained on" for row in results["rows"])
+    assert len([run for run in results["meta"]["runs"] if run["seed"] == 1]) == 1
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in ended.out and all(model in table for model in models) and "seeds 0, 1: shift" in table
+    assert (tmp_path / "out" / "results.png").stat().st_size > 1000
+
+    adapters = {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
+    assert len(adapters) == 7  # twice two trials, two of the sweep, one of another seed
+    again = command("compare", "-c", config)
+    assert again.code == 0 and again.out.strip() == table.strip()
+    assert adapters == {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
+
+
+def test_a_run_can_be_repeated_by_its_own_config_to_the_same_bytes(command, comparison, tmp_path):
+    assert command("compare", "-c", comparison({"simnpo": TRIED})).code == 0
+    folder = tmp_path / "out" / "runs" / "simnpo" / "learning_rate=1e-3"
+    other = tmp_path / "other"
+    assert command("train", "-c", folder / "config.yaml", "--adapter-path", other).code == 0
+    assert (other / "adapters.safetensors").read_bytes() == (folder / "adapters" / "adapters.safetensors").read_bytes()
+
+
+def test_a_comparison_that_was_cut_off_goes_on_and_the_cut_run_resumes(command, comparison, tmp_path, monkeypatch):
+    config = comparison({"graddiff": TRIED})
+    from duet_mlx import train as module
+
+    report, steps = module.report, []
+
+    def interrupt(it, *rest):
+        steps.append(it)
+        if len(steps) == 1:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+        return report(it, *rest)
+
+    monkeypatch.setattr(module, "report", interrupt)
+    # Reports come at the end of a run: the first trial is interrupted there, the second has not begun.
+    ended = command("compare", "-c", config)
+    assert ended.code == 2 and "interrupted" in ended.err
+    assert not (tmp_path / "out" / "results.json").exists()
+    runs = tmp_path / "out" / "runs" / "graddiff"
+    assert json.loads((runs / "learning_rate=1e-3" / "run.json").read_text())["cut_off"]
+    ended = command("compare", "-c", config)
+    assert ended.code == 0, ended.err
+    assert "complete and of these settings" in ended.out and len(steps) == 2
+    assert "cut_off" not in json.loads((runs / "learning_rate=1e-3" / "run.json").read_text())
+
+
+def test_a_run_that_diverges_is_a_result_and_the_others_go_on(command, comparison, tmp_path):
+    config = comparison({"ga": {"learning_rate": [1e-3, 1e38]}})
+    for _ in range(2):  # a failed run is not repeated either
+        ended = command("compare", "-c", config)
+        assert ended.code == 0, ended.err
+        assert "failed: ga {'learning_rate': 1e+38}: step" in ended.out and "not finite" in ended.out
+    assert "== ga" not in ended.out
+    models = {row["model"] for row in load_results(tmp_path / "out" / "results.json")["rows"]}
+    assert "ga, learning_rate 0.001" in models
+
+
+def test_quick_runs_the_first_trial_of_each_grid_with_its_own_settings(command, comparison, tmp_path):
+    config = comparison({"duet": TRIED, "npo": TRIED}, sweeps={"K": {"method": "duet", "top_k": [1, 2]}}, seeds=3,
+                        quick_settings={"iters": 2})  # fmt: skip
+    ended = command("compare", "-c", config, "--quick")
+    assert ended.code == 0, ended.err
+    assert not (tmp_path / "out").exists()
+    configs = [json.loads(p.read_text()) for p in (tmp_path / "out-quick").rglob("adapter_config.json")]
+    assert sorted((c["settings"]["method"], c["step"], c["settings"]["learning_rate"]) for c in configs) == [
+        ("duet", 2, 1e-3), ("npo", 2, 1e-3)
+    ]  # fmt: skip
+
+
+BAD = {
+    "unlike budgets": ({"duet": TRIED, "npo": {"beta": [0.1, 0.2, 0.3]}}, {}, ("duet 2, npo 3", "as many")),
+    "an unknown method": ({"dpoo": {}}, {}, ("dpoo", "duet")),
+    "a misspelt setting": ({"npo": {"bta": [1]}}, {}, ("npo", "'bta'", '"beta"')),
+    "a setting of another method": ({"npo": {"margin": [1]}}, {}, ("npo", "'margin'")),
+    "no values": ({"npo": {"beta": []}}, {}, ("npo", "beta", "empty")),
+    "a list for a grid": ({"npo": [1]}, {}, ("npo", "settings with lists", "[1]")),
+    "a value that is refused": ({"npo": {"beta": [1, 0]}}, {}, ("npo", "beta", "more than 0")),
+    "RMU without its layer": ({"rmu": None}, {}, ("rmu", "layer")),
+    "a name twice": ({"duet": None}, {"sweeps": {"duet": {"top_k": [1]}}}, ("duet", "another name")),
+    "no methods": ({}, {}, ("--methods is missing",)),
+    "no seed": ({"duet": None}, {"seeds": 0}, ("--seeds 0", "1 or more")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_any_run_is_said_before_the_first(refused, comparison, tmp_path, case):
+    methods, more, says = BAD[case]
+    refused("compare", "-c", comparison(methods, **more), says=says)
+    assert not list(tmp_path.rglob("adapters.safetensors"))
+
+
+def test_in_context_unlearning_needs_a_context_in_the_evaluation(refused, comparison, tmp_path):
+    config = comparison({"context": None})
+    test = yaml.safe_load((tmp_path / "evaluate.yaml").read_text())
+    del test["context"]
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(test))
+    refused("compare", "-c", config, says=("evaluate.yaml", "no context", "in-context"))

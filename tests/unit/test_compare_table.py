@@ -1,0 +1,62 @@
+"""The comparison's table: performance shift, the Pareto front, seeds, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from duet_mlx.compare_table import Result, front, shift, table_of
+
+
+def rows_of(model, forget, general=None, neighbours=None, worst=None):
+    figures = {
+        ("forget", "recall"): forget, ("general", "f1"): general, ("neighbours", "f1"): neighbours,
+        ("forget, worst reverse", "recall"): worst,
+    }  # fmt: skip
+    return [
+        {"model": model, "group": group, "metric": metric, "value": value, "ci": None, "n": 3}
+        for (group, metric), value in figures.items()
+        if value is not None
+    ]
+
+
+BASE = rows_of("base", 1.0, 1.0, 1.0, 0.8)
+
+
+def test_shift_is_the_drop_of_forget_recall_plus_the_changes_of_what_is_kept_in_points():
+    assert shift(BASE + rows_of("a", 0.25, 0.9, 0.8), "a") == pytest.approx(75 - 10 - 20)
+    assert shift(BASE + rows_of("a", 0.25, 0.9), "a") == pytest.approx(75 - 10)
+    assert shift(BASE, "base") == 0
+
+
+def test_the_front_holds_those_that_no_other_beats_and_counts_the_worst_reverse_prompt():
+    rows = [
+        *BASE,
+        *rows_of("good", 0.2, 0.9, 0.9, 0.3),
+        *rows_of("keeps less", 0.2, 0.8, 0.9, 0.3),
+        *rows_of("forgets less", 0.4, 0.9, 0.9, 0.3),
+        *rows_of("gives way", 0.0, 0.9, 0.9, 0.5),
+        *rows_of("burnt", 0.0, 0.0, 0.0, 0.0),
+    ]
+    models = ["base", "good", "keeps less", "forgets less", "gives way", "burnt"]
+    assert front(rows, models) == {"base", "good", "burnt"}
+
+
+def test_equals_share_the_front_and_a_model_without_figures_is_not_on_it():
+    rows = rows_of("a", 0.2, 0.9) + rows_of("b", 0.2, 0.9) + rows_of("c", None, 0.9)
+    assert front(rows, ["a", "b", "c"]) == {"a", "b"}
+
+
+def result(name, seed, forget):
+    return Result(name, {"beta": 0.5}, seed, BASE + rows_of("unlearned", forget, 1.0, 1.0), {})
+
+
+def test_the_table_has_a_line_a_model_and_its_seeds_below():
+    one = result("npo", 0, 0.5)._replace(cost={"seconds": 61.2, "peak_memory_gb": 1.5})
+    rows = BASE + rows_of(one.label, 0.5, 1.0, 1.0)
+    table = table_of(rows, [one], [result("npo", 1, 0.3), result("npo", 2, 0.4), result("simnpo", 1, 0.0)])
+    lines = table.splitlines()
+    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == [
+        "npo, beta 0.5", "0.50", "–", "1.00", "1.00", "50.0", "●", "61", "1.50"
+    ]  # fmt: skip
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[-1] == "npo, beta 0.5, seeds 0, 1, 2: shift 60.0, from 50.0 to 70.0"
