@@ -11,8 +11,9 @@ from mlx.utils import tree_flatten
 
 from duet_mlx.model import on_gpu
 from duet_mlx.stream import Stream
-from duet_mlx.train import TrainSettings, duet_loss, make_optimizer, make_step
+from duet_mlx.train import TrainSettings, make_optimizer, make_step
 from tests.equivalence.test_invariants import random_targets, rounding, student
+from tests.equivalence.tiny import duet_loss
 
 
 @pytest.mark.skipif(not on_gpu() and not shutil.which("g++"), reason="on CPU, mx.compile calls g++")
