@@ -18,7 +18,14 @@ from reference.context import pad, supervise
 from reference.transformer import Model
 
 Array = NDArray[Any]
-Loss = Callable[..., tuple[Any, ...]]  # Answers of each side -> (value, gradient by the logits of each side)
+Loss = Callable[..., tuple[Any, ...]]  # what is read of each side -> (value, gradient by the logits of each side)
+
+
+class Hidden(NamedTuple):
+    """B answers as a loss on hidden states reads them (RMU)."""
+
+    states: Array  # [B, n, D], what a layer gives at the positions that predict the answer
+    mask: Array  # [B, n] bool
 
 
 class Labelled(NamedTuple):
@@ -56,16 +63,45 @@ def read(model: Model, side: Labelled) -> tuple[Answers, Callable[[Array], adam.
     return Answers(logits[places], pad(side.labels, n), mask), back
 
 
-def loss_and_gradients(student: Model, sides: Sequence[Labelled], loss: Loss) -> tuple[float, adam.Tree]:
-    """The loss of one batch, and its gradient by each LoRA factor: that of each side, added up."""
-    readings = [read(student, side) for side in sides]
-    value, *by_logits = loss(*(answers for answers, _ in readings))
-    trees = [back(by) for (_, back), by in zip(readings, by_logits, strict=True)]
-    return float(value), {name: np.sum([tree[name] for tree in trees], axis=0) for name in trees[0]}
+def read_layer(model: Model, side: Labelled, layer: int) -> tuple[Hidden, Callable[[Array], adam.Tree]]:
+    """As `read`, but what comes out of one layer: nothing above it has a part in it, nor a gradient."""
+    n = max(map(len, side.labels))
+    tokens, positions, mask = supervise(side.prompts, [words[:-1] for words in side.labels], n)
+    gradients: adam.Tree = {}
+    x, _, backward = transformer.hidden_states(model, tokens, gradients, count=layer + 1)  # [B, S, D]
+    places = np.arange(len(tokens))[:, None], positions  # of [B, n]
+
+    def back(by_states: Array) -> adam.Tree:
+        by_x = np.zeros_like(x)
+        np.add.at(by_x, places, by_states)
+        backward(by_x)
+        return gradients
+
+    return Hidden(x[places], mask), back
+
+
+def loss_and_gradients(
+    student: Model, sides: Sequence[Labelled], loss: Loss, reader: Callable[..., Any] = read
+) -> tuple[float, adam.Tree]:
+    """The loss of one batch, and its gradient by each LoRA factor: that of each side, added up.
+
+    Args:
+        reader: `read`, or `read_layer` with a layer.
+    """
+    readings = [reader(student, side) for side in sides]
+    value, *by_read = loss(*(one for one, _ in readings))
+    gradients = {name: np.zeros_like(array) for name, array in lora.parameters(student.adapters).items()}
+    for (_, back), by_one in zip(readings, by_read, strict=True):
+        for name, gradient in back(by_one).items():
+            gradients[name] = gradients[name] + gradient
+    return float(value), gradients
 
 
 def run(
-    student: Model, steps: Sequence[tuple[Sequence[Labelled], Loss]], learning_rates: Sequence[float]
+    student: Model,
+    steps: Sequence[tuple[Sequence[Labelled], Loss]],
+    learning_rates: Sequence[float],
+    reader: Callable[..., Any] = read,
 ) -> tuple[Model, list[float]]:
     """The student after these steps, and the loss of each before it was taken.
 
@@ -75,7 +111,7 @@ def run(
     """
     state, losses = adam.init(lora.parameters(student.adapters)), []
     for (sides, loss), rate in zip(steps, learning_rates, strict=True):
-        value, gradients = loss_and_gradients(student, sides, loss)
+        value, gradients = loss_and_gradients(student, sides, loss, reader)
         arrays, state = adam.step(lora.parameters(student.adapters), gradients, state, rate)
         student = student._replace(adapters=lora.updated(student.adapters, arrays))
         losses.append(value)

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,6 +48,7 @@ METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defa
     "flat": {"alpha": 0.5},
     "refusal": {},
     "undial": {"beta": 3.0, "alpha": 0.2},
+    "rmu": {"layer": 0, "c": 2.0, "alpha": 3.0},
     "kl": {},
 }
 
@@ -57,6 +59,7 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
     numbers = parameters(run.settings)
     gamma, alpha = numbers.pop("gamma", None), numbers.pop("alpha", None)
     answers = unlearn.base_answers(base, prompts, run.settings.answer_tokens, stop)
+    reader = partial(unlearn.read_layer, layer=0)
     refusals = [text_labels(TOKENIZER, refusal_of(query, refusals_of(run.settings))) for query in run.queries]
 
     def side(labels: list[list[int]], chosen: list[int]) -> Labelled:
@@ -65,6 +68,17 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
     def step(chosen: list[int]) -> tuple[list[Labelled], unlearn.Loss]:
         forget = [i for i in chosen if run.queries[i].role == "forget"]
         said, kept = side(answers, forget), [i for i in chosen if i not in forget]
+        if name == "rmu":
+            sides = [side(answers, chosen) for chosen in (forget, kept) if chosen]
+            still = [reader(base, one)[0].states for one in sides]
+
+            def rmu(*read: unlearn.Hidden) -> tuple[Any, ...]:
+                direction = ref.rmu_direction(read[0].states.shape[-1], seed=0)
+                of_forget = ref.activation_error(read[0].states, numbers["c"] * direction, read[0].mask)
+                of_kept = ref.activation_error(read[1].states, still[1], read[1].mask) if kept else (np.zeros(1),)
+                return ref.weighted_total(of_forget, of_kept, gamma, alpha)
+
+            return sides, rmu
         refused, frozen = side(refusals, forget), unlearn.read(base, said)[0]
         nll = ref.answer_nll(frozen)[0]
         losses: dict[str, tuple[list[Labelled], Callable[..., tuple]]] = {
@@ -114,6 +128,8 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
 @few
 def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
     settings = replace(run.settings, method=method, method_parameters=METHODS[method], answer_tokens=4)
+    if method == "rmu":  # its layer must be an adapted one
+        settings = replace(settings, num_layers=-1)
     run = run._replace(settings=settings)
     student, add_lora = run.student(), backend.add_lora
     final: dict[str, mx.array] = {}
@@ -146,7 +162,8 @@ def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
     stream = Stream(run.prompts(), targets, 0, forget)
     rows = stream.schedule(forget, kept if reads_retain(settings) else kept[:0], settings)
     steps = steps_of(run, student._replace(adapters={}), rows)
-    after, losses = unlearn.run(student, steps, [row["learning_rate"] for row in log])
+    reader = partial(unlearn.read_layer, layer=0) if method == "rmu" else unlearn.read
+    after, losses = unlearn.run(student, steps, [row["learning_rate"] for row in log], reader)
     assert len(losses) == STEPS
     np.testing.assert_allclose([row["loss"] for row in log], losses, rtol=0, atol=1e-9)
     arrays = lora.parameters(after.adapters)

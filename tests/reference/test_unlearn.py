@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,21 @@ def test_fine_tuning_on_a_text_makes_it_likely_and_gradient_ascent_unlikely() ->
         return lambda answers: (loss(answers)[0].mean(), loss(answers)[1])
 
     assert after(mean(baselines.mean_nll)) < nll(draw_model(3)) < after(mean(baselines.gradient_ascent))
+
+
+def test_a_layers_states_are_read_at_the_answers_positions_and_give_no_gradient_above() -> None:
+    student = draw_model(5, trained=True, layers=2)
+    hidden, back = unlearn.read_layer(student, FORGET, layer=0)
+    assert hidden.states.shape == (2, 3, 4) and hidden.mask.tolist() == [[True, True, False], [True, True, True]]
+    alone, _ = unlearn.read_layer(student, Labelled([[6, 1, 7]], [[3, 8]]), layer=0)
+    np.testing.assert_allclose(hidden.states[0, :2], alone.states[0], rtol=1e-12)
+    gradients = back(np.ones_like(hidden.states))
+    assert gradients and all(name.startswith("model.layers.0.") for name in gradients)
+    _, everywhere = unlearn.loss_and_gradients(
+        student, [FORGET], lambda h: (h.states.sum(), np.ones_like(h.states)), partial(unlearn.read_layer, layer=0)
+    )
+    assert everywhere.keys() == lora.parameters(student.adapters).keys()
+    assert not any(g.any() for name, g in everywhere.items() if name.startswith("model.layers.1."))
 
 
 def test_one_step_is_adams() -> None:
