@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
+from duet_mlx.compare_grid import CompareSettings, all_trials
+from duet_mlx.methods import METHODS
 from duet_mlx.report import load_results
+from duet_mlx.settings import parse
 from tests.tiny_model import write_questions
 
+ROOT = Path(__file__).resolve().parents[2]
 TRIED = {"learning_rate": ["1e-3", 0.05]}
 
 
@@ -155,3 +161,13 @@ def test_in_context_unlearning_needs_a_context_in_the_evaluation(refused, compar
     del test["context"]
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(test))
     refused("compare", "-c", config, says=("evaluate.yaml", "no context", "in-context"))
+
+
+def test_the_examples_grids_are_accepted_and_each_method_has_as_many_trials(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", "examples/compare/config.yaml"])
+    grids, sweeps = all_trials(replace(settings, out=str(tmp_path)))
+    assert {trial.settings.method for trials in grids.values() for trial in trials} == set(METHODS)
+    assert {len(trials) for name, trials in grids.items() if name != "context"} == {6}
+    folders = [trial.folder for trials in (*grids.values(), *sweeps.values()) for trial in trials]
+    assert len(set(folders)) == len(folders) > 90
