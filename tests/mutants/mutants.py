@@ -577,6 +577,63 @@ BACKEND = (
         "best = min(shifts,",
         "tests/cli/test_compare.py::test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice",
     ),
+    # --- the benchmarks' metrics, and how their questions are asked
+    Mutant(
+        "duet_mlx/benchmark_metrics.py",
+        "the arithmetic mean of the false answers' probabilities, as TOFU's text has it",
+        "np.mean([np.mean(log_probs) for log_probs in perturbed]) - np.mean(paraphrased)",
+        "np.log(np.mean([np.exp(np.mean(log_probs)) for log_probs in perturbed])) - np.mean(paraphrased)",
+        "tests/unit/test_benchmark_metrics.py tests/equivalence/test_metrics_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/benchmark_metrics.py",
+        "a tie counts whole in the AUC",
+        '("left", "right")',
+        '("right", "right")',
+        "tests/equivalence/test_metrics_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/benchmark_metrics.py",
+        "one-sided KS test",
+        "np.abs(i * b - (d - i) * a) >= distance",
+        "i * b - (d - i) * a >= distance",
+        "tests/unit/test_benchmark_metrics.py tests/equivalence/test_metrics_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/benchmark_metrics.py",
+        "KnowMem counts what the model asks itself",
+        "|\\nQuestion|Question:",
+        "|\\nAnswer",
+        "tests/unit/test_benchmark_metrics.py tests/equivalence/test_metrics_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/probe.py",
+        "the end of turn left out of the probability of an answer",
+        "add_special_tokens=False), *end]",
+        "add_special_tokens=False)]",
+        "tests/unit/test_probe.py",
+    ),
+    Mutant(
+        "duet_mlx/probe.py",
+        "letters of options that the question does not have",
+        "values[letters[: len(items[i].choices)]]",
+        "values[letters]",
+        "tests/unit/test_probe.py",
+    ),
+    Mutant(
+        "duet_mlx/benchmark_run.py",
+        "the unlearned model judges its own fluency",
+        "layer.scale = 0.0",
+        "layer.scale *= 1.0",
+        "tests/unit/test_probe.py",
+    ),
+    Mutant(
+        "duet_mlx/items.py",
+        "an option's text for its letter where both are letters",
+        "by_mark or by_text if lettered",
+        "by_text or by_mark if lettered",
+        "tests/unit/test_benchmarks.py",
+    ),
 )
 
 MUTANTS = (*REFERENCE, *BACKEND)
