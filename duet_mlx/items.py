@@ -82,7 +82,7 @@ LETTERS = string.ascii_uppercase
 
 
 def _item(row: Any, place: str, group: str, kind: str) -> Item:
-    fields = _fields(row, place)
+    fields = _fields(row, place, kind)
     question = _first(fields, QUESTION)
     if question is None:
         raise DataError(f"{place}: no question; fields found: {', '.join(fields)}; wanted: {', '.join(QUESTION)}")
@@ -119,9 +119,9 @@ def _item(row: Any, place: str, group: str, kind: str) -> Item:
     )
 
 
-def _fields(row: Any, place: str) -> dict[str, Any]:
+def _fields(row: Any, place: str, kind: str) -> dict[str, Any]:
     """The row by field name, in lower case. Rows without names are taken by their number of cells."""
-    if isinstance(row, str):  # PrivLeak's texts
+    if isinstance(row, str) and kind == "privleak":
         return {"text": row}
     if isinstance(row, list):
         if len(row) == 2:

@@ -39,10 +39,11 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: with file and line.
     """
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return [(number, _whole_texts(row)) for number, row in enumerate(_parquet(path), 1)]
     text = _text_of(path)
-    if path.suffix in (".csv", ".tsv"):
+    if suffix in (".csv", ".tsv"):
         rows = list(_csv(path, text))
     elif text.lstrip()[:1] in ("[", "{"):
         rows = list(_json(path, text))
@@ -82,6 +83,8 @@ def _text_of(path: Path) -> str:
         raise DataError(f"{path}: is a folder; name the file itself") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if data.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        raise DataError(f"{path}: is compressed; unpack it first")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}: not UTF-8 text but UTF-16, by its first bytes; save the file as UTF-8")
     # One file may mix both line ends.
@@ -126,7 +129,9 @@ def _is_all(value: Any) -> bool:
 def _csv(path: Path, text: str) -> Iterator[Row]:
     """Rows of cells, of which a first one that has a cell "question" (or the like) names the columns."""
     # strict: a quote that is never closed would else swallow the rest of the file without a word.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+    )
     header: list[str] | None = None
     line = 1
     try:

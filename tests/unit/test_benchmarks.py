@@ -1,5 +1,6 @@
 """Every benchmark's files are read as they come, traps and all; what cannot be read says where and why."""
 
+import csv
 import json
 import logging
 import os
@@ -246,7 +247,7 @@ def test_alpacas_two_halves_are_one_question(write):
 
 
 def test_csv_with_a_header_and_with_two_bare_columns(write):
-    named = read_items(write('id,Question,Answer\n1,"Who, me?",I\n\n', "a.csv"), "g")
+    named = read_items(write('id,Question,Answer\n1,"Who, me?",I\n\n', "a.CSV"), "g")
     bare = read_items(write('"Who, me?",I\n', "b.csv"), "g")
     tabs = read_items(write("question\tanswer\nWho, me?\tI\n", "c.tsv"), "g")
     assert [(i.question, i.answers) for i in named + bare + tabs] == [("Who, me?", ("I",))] * 3
@@ -287,6 +288,18 @@ def test_any_text_survives_json_lines_and_lists(tmp_path_factory, questions, asc
             assert [i.question for i in read_items(path, "g")] == [row["question"].strip() for row in whole]
 
 
+cells = st.text(st.characters(exclude_characters="\r&\ufffd", exclude_categories=["Cs"])).filter(str.strip)
+
+
+@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=4, unique=True), st.sampled_from(["\n", "\r\n"]))
+def test_any_text_survives_csv_as_other_programs_write_it(tmp_path_factory, rows, line_end):
+    path = tmp_path_factory.mktemp("any") / "q.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator=line_end).writerows([("question", "answer"), *rows])
+    found = [(item.question, item.answers) for item in read_items(path, "g")]
+    assert found == list(dict.fromkeys((q.strip(), (a.strip(),)) for q, a in rows))
+
+
 # --- faults -------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -305,6 +318,8 @@ BAD = {
     "a blank question": ("q.json", '{"question": " "}', "qa", "q.json:1: the question must be text"),
     "a list as an answer's element": ("q.json", '{"question": "a", "answer": [[1]]}', "qa", "an answer must be text"),
     "UTF-16": ("q.json", '{"question": "a"}'.encode("utf-16"), "qa", "but UTF-16, by its first bytes"),
+    "plain text": ("q.json", "version https://git-lfs.github.com/spec/v1\n", "qa", "q.json:1: expected an object like"),
+    "gzip": ("q.json.gz", b"\x1f\x8b\x08\x00", "qa", "q.json.gz: is compressed; unpack it first"),
     "no options": ("q.json", '{"question": "a", "answer": "b"}', "choice", "q.json:1: no options; fields found: q"),
     "one option": ("q.json", '{"question": "a", "choices": ["b"], "answer": 0}', "choice", "two options or more"),
     "an index too far": ("q.json", '{"question": "a", "choices": ["b", "c"], "answer": 2}', "choice", "Found 2; exp"),
