@@ -90,7 +90,7 @@ def ask(
         return replies
     head, _ = check_head(model, mx.array([prompts[0]]))
     stop = stop_ids(tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = end_of_turn(tokenizer)
     chat = tokenizer.chat_template is not None
 
     def tokens_of(text: str) -> list[int]:
@@ -144,6 +144,21 @@ def _alike(items: Sequence[Item], kinds: Sequence[str]) -> Iterator[list[int]]:
         if item.kind in kinds:
             parts.setdefault((item.kind, item.subject if item.shots else "", item.shots), []).append(i)
     yield from parts.values()
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The token that ends an answer, or [] if there is none: what the template writes behind one, else the EOS.
+
+    They differ for some models: Gemma's turns end in <end_of_turn>, and its EOS never comes after an answer.
+    """
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template is None:
+        return eos
+    stand_in = "stand-in 7301"
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": stand_in}]
+    behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(stand_in)[2]
+    stop = stop_ids(tokenizer)
+    return [t for t in tokenizer.encode(behind, add_special_tokens=False) if t in stop][:1] or eos
 
 
 def letter_ids(tokenizer: Any, count: int) -> list[int]:

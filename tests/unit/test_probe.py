@@ -10,7 +10,7 @@ from duet_mlx.errors import ModelError
 from duet_mlx.generate import greedy, stop_ids
 from duet_mlx.items import Item
 from duet_mlx.model import add_lora
-from duet_mlx.probe import ask, letter_ids, log_probs, prompt_of
+from duet_mlx.probe import ask, end_of_turn, letter_ids, log_probs, prompt_of
 from tests.equivalence.tiny import llama, plain_logits, tokenizer
 
 
@@ -100,6 +100,15 @@ def test_a_reply_is_the_greedy_answer_and_the_probabilities_of_all_given_answers
             assert values == pytest.approx([row[token] for row, token in zip(logs, tokens, strict=False)], abs=1e-4)
     assert len(replies[0].hits) == len("Me") + 1
     assert replies[2].reference == [] and replies[2].perturbed == []
+
+
+@pytest.mark.parametrize(("written", "end"), [("", 0), ("z", 26), ("y.", 25), ("ab", 0)])
+def test_an_answer_ends_as_the_template_ends_it(written, end):
+    """Of two tokens that stop decoding, 0 is the EOS; 'z' (26) and 'y' (25) stand for Gemma's end of turn."""
+    words = tokenizer()
+    words.eos_token_ids = {0, 25, 26}
+    words._tokenizer.chat_template = words.chat_template.replace("\n{% endfor", written + "\n{% endfor")
+    assert end_of_turn(words) == [end]
 
 
 def test_a_qa_answer_has_room_for_its_longest_reference(model, words):
