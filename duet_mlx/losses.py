@@ -21,7 +21,9 @@ class Batch(NamedTuple):
     forget: int = 0  # how many rows, the first ones, are forget queries (methods with refusals: as many rows more)
 
 
-def topk_huber(student_logits: mx.array, targets, delta: float, center: bool = False) -> mx.array:
+def topk_huber(
+    student_logits: mx.array, targets, delta: float, center: bool = False, first_share: float = 0.0
+) -> mx.array:
     """Each query's loss: Huber summed over its candidates, averaged over its supervised positions.
 
     Args:
@@ -29,6 +31,7 @@ def topk_huber(student_logits: mx.array, targets, delta: float, center: bool = F
         targets: anything with `logits` and `candidate_mask` [B, n, C] and `position_mask` [B, n].
         delta: where the loss turns from quadratic to linear, in logits; inf gives half the squared error.
         center: compare the candidates less their mean at each position (ours: softmax ignores the level).
+        first_share: 0, or what the first position counts in its query's loss, the others sharing the rest (ours).
 
     Returns:
         [B] losses. No gradient reaches masked candidates or positions.
@@ -43,4 +46,15 @@ def topk_huber(student_logits: mx.array, targets, delta: float, center: bool = F
     size = mx.abs(difference)
     quadratic = mx.minimum(size, delta)
     huber = quadratic * (size - 0.5 * quadratic)  # both branches in one: no inf - inf at delta = inf
-    return huber.sum(axis=(-1, -2)) / mx.maximum(targets.position_mask.sum(axis=-1), 1)
+    return (position_weights(targets.position_mask, first_share, huber.dtype) * huber.sum(axis=-1)).sum(axis=-1)
+
+
+def position_weights(position_mask: mx.array, first_share: float, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """What each position counts in its query's loss, [B, n], 0 under the mask: 1/n_q, or by `first_share`."""
+    mask = position_mask.astype(dtype)
+    supervised = mx.maximum(mask.sum(axis=-1, keepdims=True), 1)  # [B, 1]
+    if not first_share:
+        return mask / supervised
+    # A bare number in `where` would be rounded to float32 whatever the dtype.
+    first = mx.where(supervised > 1, mx.array(first_share, dtype), mx.array(1, dtype)) * mask[:, :1]
+    return mx.concatenate([first, (1 - first_share) * mask[:, 1:] / mx.maximum(supervised - 1, 1)], axis=-1)

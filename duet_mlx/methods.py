@@ -62,10 +62,10 @@ class Method(NamedTuple):
     retain: Callable[..., mx.array] = lambda losses, kept: losses.mean_nll(kept.answers)
 
 
-def _duet(losses: Any, read: Reading, delta: float, center: bool) -> mx.array:
+def _duet(losses: Any, read: Reading, delta: float, center: bool, first_share: float) -> mx.array:
     from .losses import topk_huber
 
-    return topk_huber(read.student, read.batch, delta, center)
+    return topk_huber(read.student, read.batch, delta, center, first_share)
 
 
 def _rmu(losses: Any, read: Reading, c: float, layer: int, direction_seed: int) -> mx.array:
@@ -148,7 +148,7 @@ def parameters(settings: TrainSettings) -> dict[str, Any]:
                 f"--method {name}: give its {key}, as in `--method-parameters {key}=7`; it differs from model to model"
             )
     if name == "duet":  # its numbers are settings of their own
-        return {"delta": settings.delta, "center": settings.center}
+        return {name: getattr(settings, name) for name in ("delta", "center", "first_share")}
     return numbers
 
 

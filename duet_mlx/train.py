@@ -39,7 +39,13 @@ if TYPE_CHECKING:
 # raw logits, the context before retain queries too.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"positions": 1, "candidates": "teacher", "retain_context": "teacher", "center": False},
+    "paper": {
+        "positions": 1,
+        "candidates": "teacher",
+        "retain_context": "teacher",
+        "center": False,
+        "first_share": 0.0,
+    },
 }
 
 
@@ -67,6 +73,7 @@ class TrainSettings:
     positions: int = setting(8, "n, supervised positions along the teacher's answer (to its end of turn)")
     delta: float = setting(1.0, "Huber's δ in logits")
     center: bool = setting(True, "compare logits less their mean at each position: softmax ignores the level")
+    first_share: float = setting(0.5, "what the first position counts in its question's loss (0: as each other)")
     retain_context: str = setting("none", "what the teacher of retain queries reads", ("teacher", "none"))
     num_layers: int = setting(-1, "last layers to adapt (-1: all)")
     lora_parameters: dict = setting({"rank": 8, "scale": 4.0, "dropout": 0.0, "keys": None}, "LoRA, as in mlx-lm")
@@ -105,6 +112,8 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
     for name in ("delta", "learning_rate"):
         if not getattr(settings, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected more than 0")
+    if not 0 <= settings.first_share < 1:
+        raise ConfigError(f"--first-share {settings.first_share}: expected 0 or more and less than 1")
     for name in ("learning_rate", "max_grad_norm"):  # an infinite delta has a meaning: half the squared error
         if not math.isfinite(getattr(settings, name)):
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected a finite number")

@@ -29,7 +29,7 @@ Render = Callable[[Query, Context | None], list[int]]  # the tokens of x, or of 
 
 
 class Settings(NamedTuple):
-    """What the objective hangs on. The paper: positions 1, candidates and retain_context "teacher", center off."""
+    """What the objective hangs on. The paper: positions 1, candidates and retain_context "teacher", no center."""
 
     top_k: int  # K
     positions: int  # n
@@ -37,6 +37,7 @@ class Settings(NamedTuple):
     retain_context: str  # teacher | none
     delta: float  # δ
     center: bool = False
+    first_share: float = 0.0
     stop: tuple[int, ...] = ()  # ids that end a turn
 
 
@@ -116,7 +117,7 @@ def loss_and_gradients(
     tokens, positions, _ = supervise(prompts, words, settings.positions)
     logits, _, backward = transformer.forward(student, tokens)  # [B, S, V]
     places = np.arange(len(tokens))[:, None, None], positions[..., None], constant.ids  # of [B, n, C]
-    losses, by_candidates = topk_huber(logits[places], constant, settings.delta, settings.center)
+    losses, by_candidates = topk_huber(logits[places], constant, settings.delta, settings.center, settings.first_share)
     by_logits = np.zeros_like(logits)
     np.add.at(by_logits, places, by_candidates)  # masked places repeat others, with 0: hence add, not set
     gradients, _ = backward(by_logits)

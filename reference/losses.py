@@ -23,7 +23,9 @@ def huber(difference: Array, delta: float) -> tuple[Array, Array]:
     return value, np.clip(difference, -delta, delta)
 
 
-def topk_huber(student_logits: Array, targets: Targets, delta: float, center: bool = False) -> tuple[Array, Array]:
+def topk_huber(
+    student_logits: Array, targets: Targets, delta: float, center: bool = False, first_share: float = 0.0
+) -> tuple[Array, Array]:
     """Each query's loss, and the gradient of the batch's mean by the student's logits.
 
     With d = g_θ - g_ref at the candidates of a query's supervised positions, and n_q their number:
@@ -35,10 +37,14 @@ def topk_huber(student_logits: Array, targets: Targets, delta: float, center: bo
 
         ∂L/∂g_ti = (ℓ'(d̃_ti) - (1/c) Σ_j ℓ'(d̃_tj)) / (B n_q)
 
+    `first_share` s (ours) puts weights w_t in the place of 1/n_q: s at the first position, where the answer is
+    chosen, (1 - s)/(n_q - 1) at each other. 0 leaves 1/n_q, the paper's n = 1 is the same under any s.
+
     Args:
         student_logits: [B, n, C], g_θ of `targets.ids`.
         targets: logits and candidate_mask [B, n, C], position_mask [B, n]; masked entries may hold anything.
         delta: δ > 0 in logits; inf gives half the squared error.
+        first_share: 0, or 0 < s < 1.
 
     Returns:
         losses [B], gradient [B, n, C] (0 under the masks).
@@ -51,9 +57,19 @@ def topk_huber(student_logits: Array, targets: Targets, delta: float, center: bo
     value, slope = huber(difference, delta)  # 0 under the mask, both
     if center:
         slope = without_mean(slope, mask)
-    supervised = np.maximum(targets.position_mask.sum(axis=-1), 1)  # [B]
-    losses = value.sum(axis=(-1, -2)) / supervised  # [B, n, C] -> [B]
-    return losses, slope / (len(losses) * supervised[:, None, None])
+    weights = position_weights(targets.position_mask, first_share)  # [B, n]
+    losses = (weights * value.sum(axis=-1)).sum(axis=-1)  # [B, n, C] -> [B]
+    return losses, weights[..., None] * slope / len(losses)
+
+
+def position_weights(position_mask: Array, first_share: float) -> Array:
+    """w [B, n]: each row's share of its query's loss, 0 where position_mask [B, n] is; a row sums to 1."""
+    supervised = np.maximum(position_mask.sum(axis=-1, keepdims=True), 1)  # [B, 1]
+    weights = position_mask / supervised
+    if first_share:
+        weights = (1 - first_share) * position_mask / np.maximum(supervised - 1, 1)
+        weights[:, 0] = np.where(supervised[:, 0] > 1, first_share, 1) * position_mask[:, 0]
+    return weights
 
 
 def without_mean(values: Array, mask: Array) -> Array:

@@ -44,21 +44,26 @@ def cases(draw: Any) -> tuple[np.ndarray, Targets]:
     return arrays[0], Targets(np.zeros(shape, dtype=int), arrays[1], candidate_mask, position_mask, nothing)
 
 
+shares = st.one_of(st.just(0.0), st.floats(1e-3, 0.999))
 deltas = st.one_of(st.floats(-3, 3).map(lambda x: 10.0**x), st.just(float("inf")))
 
 
-def backend(student: np.ndarray, targets: Targets, delta: float, center: bool, dtype: Any) -> tuple[Any, Any]:
+def backend(
+    student: np.ndarray, targets: Targets, delta: float, center: bool, share: float, dtype: Any
+) -> tuple[Any, Any]:
     """Losses and the gradient of their mean, as MLX differentiates it."""
     arrays = [mx.array(x.astype(np.float64), dtype=dtype) for x in (student, targets.logits)]
     masks = [mx.array(m) for m in (targets.candidate_mask, targets.position_mask)]
     batch = Targets(None, arrays[1], masks[0], masks[1], None)  # type: ignore[arg-type]
-    gradient = mx.grad(lambda logits: topk_huber(logits, batch, delta, center).mean())(arrays[0])
-    losses = topk_huber(arrays[0], batch, delta, center)
+    gradient = mx.grad(lambda logits: topk_huber(logits, batch, delta, center, share).mean())(arrays[0])
+    losses = topk_huber(arrays[0], batch, delta, center, share)
     assert losses.dtype == gradient.dtype == dtype
     return np.array(losses).astype(np.float64), np.array(gradient).astype(np.float64)
 
 
-def bounds(student: np.ndarray, targets: Targets, delta: float, center: bool, u: float) -> tuple[Any, Any]:
+def bounds(
+    student: np.ndarray, targets: Targets, delta: float, center: bool, share: float, u: float
+) -> tuple[Any, Any]:
     """How far rounding with unit u may take losses [B] and gradient [B, n, C].
 
     With d the difference and A the mean of |d| over the c valid candidates of a position:
@@ -67,9 +72,10 @@ def bounds(student: np.ndarray, targets: Targets, delta: float, center: bool, u:
                 subtraction u(|d| + A): ε = u(2|d| + (C+2)A) in all.
     term        ℓ has slope at most min(|d| + ε, δ), and is itself evaluated with three roundings (δ into the
                 dtype, size - ½q, the product): min(|d| + ε, δ)ε + 3uℓ.
-    query       a sum of nC terms, none negative, and a division: (nC)u of it more.
-    slope       clip moves by at most ε, and by 0 where d is beyond δ for sure; then δ into the dtype, 1/B, 1/n_q
-                and two products: 6u of it. Centred: the mean of slopes like the mean of differences.
+    query       with weights w_t: two sums of (C-1) + (n-1) ≤ nC-1 additions, none negative; w_t itself is share
+                into the dtype, 1 - share and a division, then the product: (nC+3)u of it more.
+    slope       clip moves by at most ε, and by 0 where d is beyond δ for sure; then δ into the dtype, w_t (three
+                roundings), 1/B and two products: 7u of it. Centred: the mean of slopes like the mean of differences.
 
     1.01 covers products of two roundings; what underflows is lost by at most the smallest normal number.
     """
@@ -88,14 +94,14 @@ def bounds(student: np.ndarray, targets: Targets, delta: float, center: bool, u:
         error = np.where(mask, after_centring(error, d), 0)
         size = np.abs(ref.without_mean(d, mask))
     value, slope = ref.huber(size, delta)
-    supervised = np.maximum(targets.position_mask.sum(axis=-1), 1)
+    weights = ref.position_weights(targets.position_mask, share)[..., None]  # [B, n, 1]
     terms = np.minimum(size + error, delta) * error + 3 * u * value
     tiny = np.finfo(np.float32 if u > 1e-10 else np.float64).tiny
-    by_loss = (terms.sum(axis=(-1, -2)) + (d[0].size + 1) * u * (value + terms).sum(axis=(-1, -2))) / supervised
-    by_slope = np.where(size - error > delta, 0, error) + 6 * u * slope
+    by_loss = (weights * (terms + (d[0].size + 3) * u * (value + terms))).sum(axis=(-1, -2))
+    by_slope = np.where(size - error > delta, 0, error) + 7 * u * slope
     if center:
         by_slope = np.where(mask, after_centring(by_slope, slope), 0)
-    by_slope = by_slope / (len(d) * supervised[:, None, None])
+    by_slope = by_slope * weights / len(d)
     return 1.01 * by_loss + d[0].size * tiny, 1.01 * by_slope + tiny
 
 
@@ -107,25 +113,29 @@ def assert_within(got: Any, expected: Any, bound: Any) -> None:
 
 
 @pytest.mark.parametrize("center", [False, True])
-@given(case=cases(), delta=deltas)
-def test_float32_value_and_gradient_are_the_references_within_the_bound(center: bool, case: Any, delta: float) -> None:
+@given(case=cases(), delta=deltas, share=shares)
+def test_float32_value_and_gradient_are_the_references_within_the_bound(
+    center: bool, case: Any, delta: float, share: float
+) -> None:
     student, targets = case
-    losses, gradient = backend(student, targets, delta, center, mx.float32)
-    expected = ref.topk_huber(student.astype(np.float64), targets, delta, center)
-    by_loss, by_slope = bounds(student, targets, delta, center, 2.0**-24)
+    losses, gradient = backend(student, targets, delta, center, share, mx.float32)
+    expected = ref.topk_huber(student.astype(np.float64), targets, delta, center, share)
+    by_loss, by_slope = bounds(student, targets, delta, center, share, 2.0**-24)
     assert_within(losses, expected[0], by_loss)
     assert_within(gradient, expected[1], by_slope)
 
 
 @pytest.mark.parametrize("center", [False, True])
-@given(case=cases(), delta=deltas)
-def test_float64_value_and_gradient_are_the_references_within_the_bound(center: bool, case: Any, delta: float) -> None:
+@given(case=cases(), delta=deltas, share=shares)
+def test_float64_value_and_gradient_are_the_references_within_the_bound(
+    center: bool, case: Any, delta: float, share: float
+) -> None:
     student, targets = case
     with mx.stream(mx.cpu):
-        losses, gradient = backend(student, targets, delta, center, mx.float64)
-    expected = ref.topk_huber(student.astype(np.float64), targets, delta, center)
+        losses, gradient = backend(student, targets, delta, center, share, mx.float64)
+    expected = ref.topk_huber(student.astype(np.float64), targets, delta, center, share)
     # The reference rounds as well, so both may be off: 1e-14 of the sum of absolute terms, or less.
-    by_loss, by_slope = (2 * b for b in bounds(student, targets, delta, center, 2.0**-53))
+    by_loss, by_slope = (2 * b for b in bounds(student, targets, delta, center, share, 2.0**-53))
     assert_within(losses, expected[0], by_loss)
     assert_within(gradient, expected[1], by_slope)
 

@@ -129,7 +129,7 @@ def test_targets_and_each_step_in_float32_are_the_references_within_rounding(run
         assert (lower is None) == (below == 0)
         loss = partial(
             duet_loss, prefix=prompts[0][:length], head=head, delta=run.settings.delta, center=run.settings.center,
-            lower=lower,
+            lower=lower, first_share=run.settings.first_share,
         )  # fmt: skip
         optimizer = make_optimizer(run.settings)
         optimizer.init(model.trainable_parameters())

@@ -65,10 +65,13 @@ def llama(seed: int = 0, tied: bool = True, dtype: Any = None, **changes: Any) -
 
 
 def duet_loss(
-    model: nn.Module, batch: Any, prefix: list[int], head: Any, delta: float, center: bool, lower: Any = None
-):
+    model: nn.Module, batch: Any, prefix: list[int], head: Any, delta: float, center: bool, lower: Any = None,
+    first_share: float = 0.0,
+):  # fmt: skip
     """DUET's loss of a batch as the loop calls it: (sum of the query losses, number of queries)."""
-    return method_loss(TrainSettings(delta=delta, center=center), prefix, head, lower)(model, batch)
+    return method_loss(TrainSettings(delta=delta, center=center, first_share=first_share), prefix, head, lower)(
+        model, batch
+    )
 
 
 def plain_logits(model: nn.Module, tokens: list[int]) -> np.ndarray:

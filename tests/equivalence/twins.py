@@ -178,7 +178,9 @@ class Run(NamedTuple):
         return {
             "queries": [ref_context.Query(q.id, (), q.role, q.context) for q in self.queries],
             "contexts": [ref_context.Context(name) for name in contexts],
-            "settings": duet.Settings(s.top_k, s.positions, s.candidates, s.retain_context, s.delta, s.center, stop),
+            "settings": duet.Settings(
+                s.top_k, s.positions, s.candidates, s.retain_context, s.delta, s.center, s.first_share, stop
+            ),
             "render": rendered,
         }
 
@@ -197,6 +199,7 @@ def runs(draw: Any) -> Run:
         positions=draw(st.integers(1, 3)),
         delta=draw(st.sampled_from([0.25, 1.0, float("inf")])),
         center=draw(st.booleans()),
+        first_share=draw(st.sampled_from([0.0, 0.5])),
         retain_context=draw(st.sampled_from(["teacher", "none"])),
         num_layers=draw(st.sampled_from([-1, 1])),
         lora_parameters={"rank": draw(st.integers(1, 3)), "scale": 2.0, "dropout": 0.0, "keys": None},

@@ -32,8 +32,15 @@ REFERENCE = (
     Mutant(
         "reference/losses.py",
         "the mean over candidates for their sum",
-        "losses = value.sum(axis=(-1, -2)) / supervised",
-        "losses = value.sum(axis=-2).mean(axis=-1) / supervised",
+        "weights * value.sum(axis=-1)",
+        "weights * value.mean(axis=-1)",
+        "tests/reference/test_losses.py",
+    ),
+    Mutant(
+        "reference/losses.py",
+        "a query of one position loses what the others would have had",
+        "np.where(supervised[:, 0] > 1, first_share, 1)",
+        "first_share",
         "tests/reference/test_losses.py",
     ),
     Mutant(
@@ -251,8 +258,15 @@ BACKEND = (
     Mutant(
         "duet_mlx/losses.py",
         "the mean over candidates for their sum",
-        "huber.sum(axis=(-1, -2))",
-        "huber.mean(axis=-1).sum(axis=-1)",
+        "huber.sum(axis=-1)",
+        "huber.mean(axis=-1)",
+        "tests/equivalence/test_losses_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/losses.py",
+        "each other position has the first one's share",
+        "(1 - first_share) * mask[:, 1:]",
+        "first_share * mask[:, 1:]",
         "tests/equivalence/test_losses_equivalence.py",
     ),
     Mutant(

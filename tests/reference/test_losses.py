@@ -13,6 +13,7 @@ from tests.reference.finite_differences import STEP, assert_gradient
 
 B, n, C = 2, 3, 4
 seeds = st.integers(0, 2**32)
+shares = st.sampled_from([0.0, 0.25, 0.5, 0.9])
 centers = pytest.mark.parametrize("center", [False, True])
 
 
@@ -33,18 +34,18 @@ def valid(targets: Targets) -> np.ndarray:
 
 @pytest.mark.parametrize("delta", [0.1, 1.0, 30.0, np.inf])
 @centers
-@given(seed=seeds)
+@given(seed=seeds, share=shares)
 @settings(max_examples=20)  # slow, and no twin to be held to
-def test_gradient_agrees_with_finite_differences(delta: float, center: bool, seed: int) -> None:
+def test_gradient_agrees_with_finite_differences(delta: float, center: bool, seed: int, share: float) -> None:
     student, targets = draw(seed)
     difference = np.where(valid(targets), student - targets.logits, 0)
     if center:
         difference = ref.without_mean(difference, valid(targets))
     assume((np.abs(np.abs(difference) - delta) > 3 * STEP).all())  # at δ the second derivative jumps
-    _, gradient = ref.topk_huber(student, targets, delta, center)
+    _, gradient = ref.topk_huber(student, targets, delta, center, share)
 
     def mean_loss(logits: np.ndarray) -> float:
-        return float(ref.topk_huber(logits, targets, delta, center)[0].mean())
+        return float(ref.topk_huber(logits, targets, delta, center, share)[0].mean())
 
     assert_gradient(mean_loss, student, gradient)
 
@@ -71,6 +72,16 @@ def test_values_by_hand() -> None:
     losses, gradient = ref.topk_huber(student, targets, delta=2.0, center=True)
     assert losses == pytest.approx([(0.5 + 0.5) / 2, 0])
     np.testing.assert_allclose(gradient, np.array([[[-1, 1], [0, 0]], [[0, 0], [0, 0]]]) / 4)
+
+
+@given(seed=seeds, share=shares.filter(bool), center=st.booleans())
+def test_the_first_position_has_its_share_and_the_others_have_the_rest(seed: int, share: float, center: bool) -> None:
+    student, targets = draw(seed)  # of n positions, and of one
+    by_share, _ = ref.topk_huber(student, targets, 1.0, center, share)
+    plain, _ = ref.topk_huber(student, targets, 1.0, center)
+    first, _ = ref.topk_huber(student[:, :1], Targets(*(part[:, :1] for part in targets)), 1.0, center)
+    rest = (n * plain[0] - first[0]) / (n - 1)
+    assert by_share == pytest.approx([share * first[0] + (1 - share) * rest, plain[1]])
 
 
 @given(seed=seeds)
