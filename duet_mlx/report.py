@@ -151,7 +151,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
 def format_table(rows: Sequence[Row]) -> str:
     """The table for a terminal: a line a measure, a column a model."""
     models, lines = _models(rows), _lines(rows)
-    first = max(len(label) for label, _ in lines) + 2
+    first = max(len(label) for label, _ in lines) + 4  # two before a measure's label, two behind it
     widths = [max([len(m), *(len(cells[i]) for _, cells in lines if cells)]) for i, m in enumerate(models)]
     out = [" " * first + "  ".join(m.ljust(w) for m, w in zip(models, widths, strict=True))]
     for label, cells in lines:
@@ -160,7 +160,8 @@ def format_table(rows: Sequence[Row]) -> str:
         else:
             padded = (c.ljust(w) for c, w in zip(cells, widths, strict=True))
             out.append("  " + label.ljust(first - 2) + "  ".join(padded))
-    out += ["", *textwrap.wrap(LEGEND, 110)]
+    for text in (in_a_sentence(rows), LEGEND):
+        out += ["", *textwrap.wrap(text, 110)] if text else []
     return "\n".join(line.rstrip() for line in out)
 
 
@@ -172,7 +173,35 @@ def markdown_table(results: dict[str, Any]) -> str:
     for label, cells in _lines(rows):
         text = label.strip() if cells else f"**{label}**"
         out.append(f"| {text} | " + " | ".join(cells or [""] * len(models)) + " |")
-    return "\n".join([*out, "", LEGEND])
+    return "\n\n".join(text for text in ("\n".join(out), in_a_sentence(rows), LEGEND) if text)
+
+
+def in_a_sentence(rows: Sequence[Row]) -> str:
+    """What became of the base in the column 'unlearned', for a reader of nothing else; '' without that column."""
+    values = {(row["model"], row["group"], row["metric"]): row["value"] for row in rows}
+    groups = _groups(rows)
+
+    def percent(group: str, metric: str, model: str = "unlearned") -> str | None:
+        value = values.get((model, group, metric))
+        return None if value is None else f"{100 * value:.0f} %"
+
+    said = []
+    for group in groups:
+        if "reverse" in group:
+            continue
+        forget = group.startswith(FORGET)
+        before = percent(group, "rouge_recall", "base")
+        now = percent(group, "recall" if forget else "f1")
+        if now is not None:
+            found = [f"{now} of the base's answers {'left' if forget else 'kept'}"]
+        elif before is not None and (now := percent(group, "rouge_recall")):
+            found = [f"{now} of the reference answers given, {before} before"]
+        else:
+            continue
+        for name, keys in (("refused", ("refused", "refusals")), ("broken", ("broken",))):
+            found += [f"{value} {name}" for key in keys if (value := percent(group, key))]
+        said.append(f"{group}: {', '.join(found)}")
+    return f"After unlearning, {'; '.join(said)}." if said else ""
 
 
 def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:

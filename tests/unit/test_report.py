@@ -50,6 +50,34 @@ def test_the_table_has_a_line_a_measure_and_a_column_a_model(results):
     assert "forget (8 questions)" in lines
 
 
+def test_a_sentence_says_what_became_of_each_group(results):
+    sentence = (
+        "After unlearning, forget: 12 % of the base's answers left, 88 % refused; "
+        "general: 90 % of the base's answers kept."
+    )
+    assert report.in_a_sentence(results["rows"]) == sentence
+    assert sentence in report.markdown_table(results)
+    assert sentence in " ".join(report.format_table(results["rows"]).split())
+    assert report.in_a_sentence([row for row in results["rows"] if row["model"] != "unlearned"]) == ""
+
+
+def test_a_sentence_tells_a_model_that_babbles_and_one_that_refuses_on_a_benchmark():
+    rows = [
+        row(model, group, metric, value)
+        for group, figures in {
+            "forget, tofu:x": {"rouge_recall": (0.92, 0.1), "refusals": (0.0, 0.0), "broken": (0.0, 1.0)},
+            "retain, tofu:x": {"rouge_recall": (0.9, 0.0), "refusals": (0.0, 1.0), "broken": (0.0, 0.0)},
+            "forget, muse": {"rouge_recall": (None, None)},
+        }.items()
+        for metric, values in figures.items()
+        for model, value in zip(("base", "unlearned"), values, strict=True)
+    ]
+    assert report.in_a_sentence(rows) == (
+        "After unlearning, forget, tofu:x: 10 % of the reference answers given, 92 % before, 0 % refused, "
+        "100 % broken; retain, tofu:x: 0 % of the reference answers given, 90 % before, 100 % refused, 0 % broken."
+    )
+
+
 def test_a_smaller_denominator_is_shown(results):
     assert "refused ↑ (n = 6)" in report.format_table(results["rows"])
 
