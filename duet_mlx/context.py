@@ -19,6 +19,7 @@ __all__ = [
     "DATE",
     "READY",
     "Context",
+    "check_fits",
     "check_renders",
     "load_contexts",
     "plain_ids",
@@ -51,11 +52,14 @@ def load_contexts(source: str | Path, topic: str | None = None) -> list[Context]
     return [Context(name, system, turns) for name, system, turns in read_contexts(source, topic)]
 
 
-def render(tokenizer: Any, question: str, context: Context | None = None, system: str = "") -> list[int]:
+def render(
+    tokenizer: Any, question: str, context: Context | None = None, system: str = "", place: str = ""
+) -> list[int]:
     """Token ids of x ([T]) or, with a context, of x_ic ⊕ x ([P+T]), up to where the answer begins.
 
     `tokenizer` is mlx-lm's TokenizerWrapper or a Hugging Face tokenizer; `system` is the user's own system
-    prompt, read by student and teacher alike (the context's comes before it). One rendering through the chat
+    prompt, read by student and teacher alike (the context's comes before it); `place`, the question's file:line,
+    is for messages. One rendering through the chat
     template, with the generation prompt, thinking switched off or its block closed, and DATE for today.
     System text moves to the front of the first user turn where the template has no place for it. Without a
     template: `Question: …` and `Answer:`, each on its line. Never two BOS. Space around a text is taken off.
@@ -69,7 +73,7 @@ def render(tokenizer: Any, question: str, context: Context | None = None, system
     system = "\n\n".join(t.strip() for t in (context.system if context else "", system) if t.strip())
     owner = f'context "{context.name}"' if context else "the system prompt"
     parts = [text for text in (system, *(text for turn in turns for text in turn)) if text]
-    _refuse_control_tokens(frame.control, question, parts, owner)
+    _refuse_control_tokens(frame.control, question, parts, owner, place)
 
     bare = frame.encode(frame.head + question + frame.tail)
     faults: list[str] = []
@@ -121,6 +125,15 @@ def plain_text(context: Context | None, system: str = "") -> str:
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a prompt of plain text, behind the tokenizer's own BOS, if it has one, and no end."""
     return _frame(tokenizer, None).encode(text)
+
+
+def check_fits(place: str, question: str, tokens: int, n: int, name: str, limit: int) -> None:
+    """Raise DataError if a prompt of so many tokens and n positions of its answer exceed the limit of this name."""
+    if tokens + n - 1 > limit:  # the last token of an answer is never read
+        raise DataError(
+            f"{place}: {tokens} tokens and {n} positions exceed {name} of {limit}: {question[:60]!r}…; "
+            "shorten or drop the question"
+        )
 
 
 def shared_prefix(token_lists: Sequence[Sequence[int]]) -> int:
@@ -264,10 +277,13 @@ def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _refuse_control_tokens(control: re.Pattern[str], question: str, parts: list[str], owner: str) -> None:
+def _refuse_control_tokens(control: re.Pattern[str], question: str, parts: list[str], owner: str, place: str) -> None:
     """Text such as "<|im_end|>" would become the token itself and end the turn: better no run than that."""
     if found := control.search(question):
-        raise DataError(f"question {_short(question)} holds {found[0]!r}, a control token of this model; reword it")
+        where = f"{place}: " if place else ""
+        raise DataError(
+            f"{where}question {_short(question)} holds {found[0]!r}, a control token of this model; reword it"
+        )
     for part in parts:
         if found := control.search(part):
             raise ContextError(f"{owner} holds {found[0]!r}, a control token of this model: {_short(part)}")

@@ -126,7 +126,8 @@ def _fill(text: str, topic: str | None, place: str) -> str:
 def _known_keys(entry: dict[Any, Any], known: tuple[str, ...], place: str) -> None:
     for key in entry:
         if key not in known:
-            raise ContextError(f'{place}: unknown key "{key}"{nearest(str(key), known)}; known: {", ".join(known)}')
+            shown = _shown(key)
+            raise ContextError(f'{place}: unknown key "{shown}"{nearest(shown, known)}; known: {", ".join(known)}')
 
 
 def _text(value: Any, key: str, place: str, blank: bool = False) -> str:
@@ -135,14 +136,25 @@ def _text(value: Any, key: str, place: str, blank: bool = False) -> str:
         raise ContextError(f"{place}: {key}: must be text, found {_kind(value)}{hint}")
     if not value.strip() and not blank:
         raise ContextError(f"{place}: {key}: is blank")
+    if any("\ud800" <= char <= "\udfff" for char in value):  # "\ud83d" alone: legal YAML, but tokenizers refuse it
+        raise ContextError(f"{place}: {key}: holds half a surrogate pair")
     return value.strip()
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    names: dict[type, str] = {dict: "keys", list: "a list", str: "text"}
-    return names.get(type(value)) or repr(value)
+    names: dict[type, str] = {dict: "keys", list: "a list", set: "a set", bytes: "bytes", str: "text"}
+    return names.get(type(value)) or _shown(value)
+
+
+def _shown(value: Any) -> str:
+    """A key or value as text, cut to 60 characters."""
+    try:
+        text = str(value)
+    except ValueError:  # a hexadecimal number of thousands of digits: Python refuses to write it in decimal
+        return "a huge number"
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 class _Loader(yaml.SafeLoader):
@@ -150,7 +162,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # `!!map [a]` is for super() to refuse
             if key.value in seen and key.value != "<<":
                 raise yaml.MarkedYAMLError(problem=f'key "{key.value}" stands twice', problem_mark=key.start_mark)
             seen.append(key.value)
@@ -180,6 +192,8 @@ def _yaml(path: Path) -> Any:
         raise ContextError(f"{place}: not YAML: {error.problem or error.context}{hint}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ContextError(f"{path}: not YAML that can be read: {error}") from error
+    except (AttributeError, LookupError, TypeError) as error:  # what PyYAML raises at `!!timestamp x` or `!!bool x`
+        raise ContextError(f"{path}: not YAML that can be read: a tag (!!…) on a value that it does not fit") from error
     if content is None:
         raise ContextError(f"{path}: the file is empty; expected system: and turns:")
     return content

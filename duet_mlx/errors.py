@@ -1,10 +1,11 @@
 """Typed errors: each carries one message a person can act on; commands print it and leave with code 2."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 
 class DuetError(Exception):
@@ -42,15 +43,30 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f' (did you mean "{by_lower_case[close[0]]}"?)' if close else ""
 
 
+def note(text: str) -> None:
+    """A line on stderr. The work goes on where nobody reads it any more (`… 2>&1 | head`)."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """What is written to this stream from now on goes nowhere: Python would write to it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_cli(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 when it is done; 2, with one line on stderr, when input, machine or Ctrl-C
     stopped it. Other exceptions are faults of the program and keep their traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal has no ↓; stderr does so by itself
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `… | head`: the reader has left, and Python must not write to it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(end="", flush=True)  # unlike sys.stdout.flush() it takes a stdout that is closed
+    except BrokenPipeError:  # `… | head`: the reader has left
+        _discard(sys.stdout)
         sys.exit(1)
     except DuetError as error:
         _fail(str(error))
@@ -62,6 +78,9 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    sys.stdout.flush()
+    try:
+        print(end="", flush=True)
+    except OSError:  # stdout itself is what there was no room for
+        _discard(sys.stdout)
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

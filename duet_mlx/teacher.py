@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from . import __version__
-from .context import DATE, Context, check_renders, render
+from .context import DATE, Context, check_fits, check_renders, render
 from .data import Query
-from .errors import ConfigError, ContextError, DataError, TrainingError, run_cli
+from .errors import ConfigError, ContextError, TrainingError, run_cli
 from .methods import METHODS
 
 if TYPE_CHECKING:
@@ -308,14 +308,10 @@ def check_lengths(tokenizer, queries: Sequence[Query], contexts, settings, windo
     for query in queries:
         context = context_of(query, contexts, settings.retain_context) if contexts else None
         for name, tokens, limit in (
-            ("--max-seq-length", render(tokenizer, query.question), settings.max_seq_length),
-            ("the model's window", render(tokenizer, query.question, context), window),
+            ("--max-seq-length", render(tokenizer, query.question, place=query.place), settings.max_seq_length),
+            ("the model's window", render(tokenizer, query.question, context, place=query.place), window),
         ):
-            if len(tokens) + positions - 1 > limit:
-                raise DataError(
-                    f"{query.id}: {len(tokens)} tokens and {positions} positions exceed {name} of {limit}: "
-                    f"{query.question[:60]!r}…; shorten or drop the question"
-                )
+            check_fits(query.place or query.id, query.question, len(tokens), positions, name, limit)
 
 
 def main() -> None:

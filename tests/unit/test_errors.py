@@ -63,6 +63,44 @@ def test_output_cut_short_by_head_ends_without_a_traceback():
     assert ran.stdout == "x" * 99 + "\n" and ran.stderr == ""
 
 
+def shell(command, program, **environment):
+    env = os.environ | {"PROGRAM": program, "PYTHON": sys.executable} | environment
+    return subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+
+
+def test_a_note_that_nobody_reads_stops_no_work_and_ends_well(tmp_path):
+    """As in `… 2>&1 | head`."""
+    program = f"""
+from duet_mlx.errors import note, run_cli
+def main():
+    for _ in range(9999):
+        note("x" * 99)
+    open({str(tmp_path / "results")!r}, "w").write("all")
+run_cli(main)
+"""
+    ran = shell('"$PYTHON" -c "$PROGRAM" 2>&1 >/dev/null | head -n 1; echo "${PIPESTATUS[0]}"', program)
+    assert ran.stdout == "x" * 99 + "\n0\n" and ran.stderr == ""
+    assert (tmp_path / "results").read_text() == "all"
+
+
+def test_an_ascii_terminal_shows_what_it_can():
+    program = "from duet_mlx.errors import run_cli\nrun_cli(lambda: print('recall ↓ – 0.5'))"
+    ran = shell('"$PYTHON" -c "$PROGRAM"', program, PYTHONIOENCODING="ascii")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "recall \\u2193 \\u2013 0.5\n", "")
+
+
+def test_a_closed_stdout_is_no_fault():
+    ran = shell('"$PYTHON" -c "$PROGRAM" >&-', "from duet_mlx.errors import run_cli\nrun_cli(lambda: print('x'))")
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    program = "from duet_mlx.errors import run_cli\nrun_cli(lambda: print('x'))"
+    ran = shell('"$PYTHON" -c "$PROGRAM" > /dev/full', program)
+    assert ran.returncode == 2 and ran.stderr == "error: [Errno 28] No space left on device\n"
+
+
 def test_the_nearest_name_is_offered_whatever_its_case_and_none_where_nothing_is_near():
     assert nearest("Quesion", ["question", "answer"]) == ' (did you mean "question"?)'
     assert nearest("QUESTION", ["Question"]) == ' (did you mean "Question"?)'
@@ -86,7 +124,8 @@ def test_a_blas_that_was_preloaded_is_left_as_it_is():
     # Set after the start, for the loader would complain of a file that does not exist.
     program = "import os; os.environ['LD_PRELOAD'] = '/x/libblas.so.3'; import ctypes\n"
     program += "ctypes.CDLL = lambda name: print(name)\n"  # of no library, None, where the preloaded one would be found
-    assert in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)") == "None\nlibblas.so.3"
+    ran = in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)", OPENBLAS_NUM_THREADS="")
+    assert ran == "None\nlibblas.so.3"
 
 
 @pytest.mark.skipif(BLAS is None, reason="no OpenBLAS here")
