@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from . import metrics
+from .errors import ModelError, note
 from .generate import decode, stop_ids
 from .head import check_head
+from .kept_answers import KeptAnswers, Unit, digest
 from .scores import Asked, Column
 from .teacher import forced_logits
 
@@ -32,57 +36,112 @@ def column(
     contexts: Sequence[Context | None],
     base: Column | None,
     settings: EvaluateSettings,
+    file: Path,
+    hangs_on: dict[str, Any],
 ) -> Column:
     """What one model says to all prompts, and how probable it finds the words of `base` (None: its own).
 
     A pass over the base's answers gives both their probability and how far this model would say the same, so that
-    it is decoded from there alone.
+    it is decoded from there alone. Answers are kept in `file` on the way, and taken from there if nothing changed:
+    neither `hangs_on`, which says what makes the model, nor what it is asked.
+
+    Raises:
+        ModelError: logits that are not finite.
     """
     from tqdm import tqdm
 
-    head, _ = check_head(model, mx.array([prompts[0]]))  # for each column anew: LoRA may sit on the head
+    parts = _parts(asked, prompts, contexts, 4 * settings.batch_size)
+    described = {**hangs_on, **_described(asked, prompts, contexts, base, settings)}
+    kept = KeptAnswers(file, name, described, [len(rows) for rows in parts])
+    done = sum(len(rows) for rows in parts[: len(kept.units)])
+    head = None
+    if done < len(prompts):
+        head, _ = check_head(model, mx.array([prompts[0]]))  # for each column anew: LoRA may sit on the head
     stop, start = stop_ids(tokenizer), time.perf_counter()
-    ids: list[list[int]] = [[] for _ in prompts]
-    probabilities: list[float | None] = [None] * len(prompts)
-    left = dict.fromkeys(range(len(prompts)), settings.max_tokens)  # prompts to be answered, and tokens left to each
 
     def words_of(i: int, tokens: Sequence[int]) -> list[list[int]]:
         return content_words(tokenizer, tokens, asked[i].query.question)
 
-    with tqdm(total=len(prompts), desc=name, unit="q", file=sys.stderr, disable=None) as bar:
-        if base is not None:
-            plain = [i for i, a in enumerate(asked) if not a.prefix]
-            for rows in _alike(asked, contexts, plain):
-                said = [base.ids[i] for i in rows]
-                for i, found in zip(
-                    rows, forced(model, [prompts[i] for i in rows], said, stop, head, bar.update), strict=True
-                ):
-                    probabilities[i] = mean_of_words(found.probabilities, words_of(i, base.ids[i]))
-                    ids[i], left[i] = base.ids[i][: found.agreed], settings.max_tokens - found.agreed
-                    if found.ended or not left[i]:
-                        del left[i]
-            bar.total = len(plain) + len(left)
-        keep = _probability_of_the_best if base is None else None
-        for rows in _alike(asked, contexts, left):
-            begun, limits = [[*prompts[i], *ids[i]] for i in rows], [left[i] for i in rows]
-            for batch in decode(model, begun, limits, stop, settings.batch_size, head, keep):
-                for at, (row, tokens) in enumerate(zip(batch.rows, batch.tokens, strict=True)):
-                    i = rows[row]
-                    ids[i] = ids[i] + tokens
-                    if batch.kept is not None and not asked[i].prefix:
-                        probabilities[i] = mean_of_words(batch.kept[at], words_of(i, tokens))
-                bar.update(len(batch.rows))
-    seconds = time.perf_counter() - start
-    print(f"{name}: {len(prompts)} answers in {seconds:.0f} s, {len(prompts) / seconds:.1f} a second", file=sys.stderr)
-    return Column([tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in ids], ids, probabilities)
+    def answer(rows: list[int]) -> Unit:
+        ids: dict[int, list[int]] = {i: [] for i in rows}
+        probabilities: dict[int, float | None] = dict.fromkeys(rows)
+        left = dict.fromkeys(rows, settings.max_tokens)  # prompts to be answered, and tokens left to each
+        plain = not asked[rows[0]].prefix
+        if base is not None and plain:
+            said = [base.ids[i] for i in rows]
+            found = forced(model, [prompts[i] for i in rows], said, stop, head, bar.update)
+            for i, one in zip(rows, found, strict=True):
+                _require_finite(one.finite, name, asked[i])
+                probabilities[i] = mean_of_words(one.probabilities, words_of(i, base.ids[i]))
+                ids[i], left[i] = base.ids[i][: one.agreed], settings.max_tokens - one.agreed
+                if one.ended or not left[i]:
+                    del left[i]
+            bar.total = (bar.total or 0) + len(left)
+        going, limits = list(left), list(left.values())
+        begun = [[*prompts[i], *ids[i]] for i in going]
+        keep = _probability_of_the_best if base is None and plain else _is_finite
+        for batch in decode(model, begun, limits, stop, settings.batch_size, head, keep) if going else ():
+            assert batch.kept is not None
+            for row, tokens, seen in zip(batch.rows, batch.tokens, batch.kept, strict=True):
+                i = going[row]
+                seen = seen[: min(len(tokens) + 1, limits[row])]  # what the end of the answer was chosen from too
+                _require_finite(bool(np.isfinite(seen).all()), name, asked[i])
+                ids[i] = ids[i] + tokens
+                if base is None and plain:
+                    probabilities[i] = mean_of_words(seen, words_of(i, tokens))
+            bar.update(len(batch.rows))
+        return Unit([ids[i] for i in rows], [probabilities[i] for i in rows])
+
+    with tqdm(total=len(prompts), initial=done, desc=name, unit="q", file=sys.stderr, disable=None) as bar:
+        for rows in parts[len(kept.units) :]:
+            kept.add(answer(rows))
+    if done < len(prompts):
+        count, seconds = len(prompts) - done, time.perf_counter() - start
+        note(f"{name}: {count} answers in {seconds:.0f} s, {count / seconds:.1f} a second")
+    by_row = {
+        i: both
+        for rows, unit in zip(parts, kept.units, strict=True)
+        for i, *both in zip(rows, unit.ids, unit.probabilities, strict=True)
+    }
+    all_ids, all_probabilities = zip(*(by_row[i] for i in range(len(prompts))), strict=True)
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in all_ids]
+    return Column(texts, list(all_ids), list(all_probabilities))
 
 
-def _alike(asked: Sequence[Asked], contexts: Sequence[Context | None], rows: Iterable[int]) -> list[list[int]]:
-    """Rows that begin alike, by context and reverse prompt: what they share is then encoded once."""
-    parts: dict[tuple[Context | None, str], list[int]] = {}
-    for row in rows:
-        parts.setdefault((contexts[row], asked[row].prefix), []).append(row)
-    return list(parts.values())
+def _parts(
+    asked: Sequence[Asked], prompts: Sequence[Sequence[int]], contexts: Sequence[Context | None], size: int
+) -> list[list[int]]:
+    """Rows in parts of at most `size`: alike in context and reverse prompt, whose encoding they share; short first."""
+    alike: dict[tuple[Context | None, str], list[int]] = {}
+    for row in sorted(range(len(asked)), key=lambda row: len(prompts[row])):
+        alike.setdefault((contexts[row], asked[row].prefix), []).append(row)
+    return [rows[at : at + size] for rows in alike.values() for at in range(0, len(rows), size)]
+
+
+def _described(
+    asked: Sequence[Asked],
+    prompts: Sequence[Sequence[int]],
+    contexts: Sequence[Context | None],
+    base: Column | None,
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """What the answers of a column hang on besides the model, as hashes and plain values."""
+    return {
+        "questions": digest([[a.prefix, a.query.question] for a in asked]),
+        "context": digest([None if c is None else [c.system, c.turns] for c in contexts]),
+        "system": settings.system,
+        "prompts": digest(prompts),
+        "base": None if base is None else digest(base.ids),
+        "settings": {name: getattr(settings, name) for name in ("max_tokens", "batch_size")},
+    }
+
+
+def _require_finite(finite: bool, name: str, asked: Asked) -> None:
+    if not finite:
+        raise ModelError(
+            f"{name}: the logits behind {asked.place} are NaN or infinite, so there is no answer to measure: the "
+            "weights are broken, or too large for this model"
+        )
 
 
 def content_words(tokenizer: Any, ids: Sequence[int], question: str) -> list[list[int]]:
@@ -106,12 +165,18 @@ def _probability_of_the_best(logits: mx.array) -> np.ndarray:
     return 1 / np.exp(values - values.max(axis=-1, keepdims=True)).sum(axis=-1, dtype=np.float64)
 
 
+def _is_finite(logits: mx.array) -> np.ndarray:
+    """0 where no logit of a row [B, V] is NaN or +inf, else NaN: [B]. A masked token may have -inf."""
+    return np.where(np.array((logits < mx.inf).all(axis=-1)), 0.0, math.nan)
+
+
 class Forced(NamedTuple):
     """What a model makes of an answer that is put into its mouth."""
 
     probabilities: list[float]  # of each token, softmax(g(prompt ⊕ answer[:t]))[answer[t]]
     agreed: int  # how many tokens it would have said itself
     ended: bool  # whether it would have said all of them, and then have stopped
+    finite: bool  # whether all logits were numbers to begin with
 
 
 def forced(
@@ -128,7 +193,7 @@ def forced(
         prompts, answers: token lists.  stop: ids that end an answer.
         head: `check_head`'s head, so that logits are computed at the answer's positions alone.
     """
-    found = [Forced([], 0, False)] * len(prompts)
+    found = [Forced([], 0, False, True)] * len(prompts)
     n = max(map(len, answers), default=0) + 1
     ends = np.array(sorted(stop))
     for rows, logits in forced_logits(model, prompts, answers, n, head, progress):  # [B, n, V]
@@ -142,5 +207,6 @@ def forced(
             probability = np.exp(values[at, there, answer] - largest[at, there, 0]) / total[at, there]
             same = best[at, there] == answer
             agreed = len(answer) if same.all() else int(same.argmin())
-            found[row] = Forced(probability.tolist(), agreed, bool(same.all() and best[at, len(answer)] in ends))
+            ended = bool(same.all() and best[at, len(answer)] in ends)
+            found[row] = Forced(probability.tolist(), agreed, ended, bool(np.isfinite(total[at]).all()))
     return found

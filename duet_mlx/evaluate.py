@@ -5,29 +5,25 @@
 
 Every column is the same base in memory: it answers, answers behind --context, then the adapter is put on it.
 Groups: forget, general (--retain), neighbours, and the forget questions behind each reverse prompt.
+Answers are kept in DIR/answers on the way (kept_answers.py): a run that was cut off goes on from them.
 metrics.py says what is measured, scores.py joins answers and metrics, report.py shows them; of benchmarks, these are
 measures.py, benchmark_metrics.py and benchmark_scores.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, measures, report
+from . import report
 from .benchmark_run import Benchmarks, describe, forget_kept, load_benchmarks, replies_of, rows_and_samples
 from .data import Query, check_disjoint, file_hash, load_queries
-from .errors import ConfigError, ModelError, run_cli
+from .errors import ConfigError, ModelError, note, run_cli
 from .metrics import FORGET, GENERAL, NEIGHBOURS
-from .picture import picture
+from .provenance import described
+from .result_files import KEPT, SAMPLES, check_free, finite, make_folder, write
 from .scores import Asked, Column, rows_of, score
 from .settings import parse, require, setting
 
@@ -63,6 +59,7 @@ class EvaluateSettings:
     batch_size: int = setting(64, "questions decoded together: changes speed and memory alone")
     seed: int = setting(0, "seed of the bootstrap; answers are greedy and need none")
     beside: tuple[str, ...] = setting((), "NAME=results.json: its 'unlearned' as one more column")
+    any_base: bool = setting(False, "take an adapter made on other bits (a base dequantized by another processor)")
     overwrite: bool = setting(False, "replace the results that --out holds")
     trust_remote_code: bool = setting(False, "run code that comes with the model's tokenizer")
     out: str = setting("", "folder for results.json, samples.jsonl, results.png and results.svg")
@@ -72,7 +69,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Ask every model everything; write results.json, samples.jsonl and pictures; return the first.
 
     Raises:
-        ConfigError, DataError, ContextError: before a model is loaded.  ModelError: model or adapter.
+        ConfigError, DataError, ContextError, ModelError: before anything is asked; ModelError also for a model whose
+            logits are not finite.  TrainingError: no room to write.
+        KeyboardInterrupt: with a line that says how to go on.
     """
     _check(settings)
     prompts = _reverse_prompts(settings)
@@ -83,18 +82,24 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     count = len(forget)
     tried = min(settings.reverse_questions or count, count)
     spread = [forget[i * count // tried] for i in range(tried)]
-    for number, prompt in enumerate(prompts, 1):
-        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt) for query in spread]
+    for number, (place, prompt) in enumerate(prompts, 1):
+        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in spread]
     contexts = _contexts(settings, forget)
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
-    Path(settings.out).mkdir(parents=True, exist_ok=True)
-    meta = _meta(settings, groups, prompts) | {"benchmarks": describe(benchmarks)}
+    for folder in (Path(settings.out), Path(settings.out) / KEPT)[: 2 if asked else 1]:
+        make_folder(folder, settings.out)
+    meta = described(settings, {name: len(queries) for name, queries in groups.items()}, [text for _, text in prompts])
+    meta["benchmarks"] = describe(benchmarks)
 
-    columns, replies, meta["base_weights"] = _columns(settings, asked, contexts, benchmarks)
+    try:
+        columns, replies, meta["base_weights"] = _columns(settings, asked, contexts, benchmarks, meta)
+    except KeyboardInterrupt:
+        kept = Path(settings.out) / KEPT
+        raise KeyboardInterrupt(f"answers so far are kept in {kept}; the same command goes on from them") from None
     scores = {name: score(asked, column, columns[BASE]) for name, column in columns.items()}
     rows, meta["worst_reverse"] = rows_of(asked, scores, settings.seed)
     more, benchmark_samples = rows_and_samples(benchmarks, replies, settings.seed)
-    results = {"meta": meta, "rows": rows + more + beside}
+    results = {"meta": meta, "rows": [*map(finite, rows + more), *beside]}
     samples = [
         {
             "id": a.query.id,
@@ -107,7 +112,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         for name, column in columns.items()
         for a, said, scored in zip(asked, column.answers, scores[name], strict=True)
     ]
-    _write(Path(settings.out), results, samples + benchmark_samples)
+    write(Path(settings.out), results, [*map(finite, samples + benchmark_samples)])
     forget_kept(settings.out)
     return results
 
@@ -131,26 +136,22 @@ def _check(settings: EvaluateSettings) -> None:
     for name in ("topic", "context_name"):
         if getattr(settings, name) is not None and settings.context is None:
             raise ConfigError(f"--{name.replace('_', '-')} says something about --context, which is missing")
-    out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file, expected a folder")
-    if (out / "results.json").exists() and not settings.overwrite:
-        raise ConfigError(f"--out {out}: holds results.json already; name another folder, or add --overwrite")
+    check_free(settings.out, settings.overwrite)
     adapter = settings.adapter_path
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise ModelError(f"--adapter-path {adapter}: no adapter_config.json in it")
 
 
-def _reverse_prompts(settings: EvaluateSettings) -> list[str]:
-    """One prompt a line; blank lines are skipped."""
+def _reverse_prompts(settings: EvaluateSettings) -> list[tuple[str, str]]:
+    """(file:line, prompt) of each line that is not blank."""
     if settings.reverse_prompts is None:
         return []
     file = settings.reverse_prompts
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--reverse-prompts {file}: cannot be read ({error})") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [(f"{file}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ConfigError(f"--reverse-prompts {file}: empty; expected one prompt a line")
     return prompts
@@ -191,127 +192,109 @@ def _contexts(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:
 
 
 def _columns(
-    settings: EvaluateSettings, asked: list[Asked], contexts: list[Context], benchmarks: Benchmarks
+    settings: EvaluateSettings,
+    asked: list[Asked],
+    contexts: list[Context],
+    benchmarks: Benchmarks,
+    meta: dict[str, Any],
 ) -> tuple[dict[str, Column], dict[str, dict[str, list[Reply]]], str]:
     """Each model's column, its replies to the benchmarks, and the hash of the base.
 
     The base's weights serve all columns but "retrained": the adapter goes on last.
     """
     from .answers import column
-    from .context import render
-    from .model import apply_adapter, load_model, weights_hash
+    from .context import check_fits, render
+    from .kept_answers import code_hash, digest
+    from .model import apply_adapter, check_adapter, load_model, resolve_model, weights_hash, window
     from .teacher import context_of
 
     model, tokenizer, folder = load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     base_hash = weights_hash(model)
+    if settings.adapter_path is not None:
+        config = check_adapter(folder, settings.adapter_path, settings.trust_remote_code)
+        _check_base(config, base_hash, settings)
+    if settings.retrained is not None:
+        resolve_model(settings.retrained)  # whether it is there is better known now
     columns: dict[str, Column] = {}
     replies: dict[str, dict[str, list[Reply]]] = {}
 
-    def add(name: str, chosen: Sequence[Context | None], identity: Sequence[str], same_base: bool = True) -> None:
-        prompts = [render(tokenizer, a.text, c, settings.system) for a, c in zip(asked, chosen, strict=True)]
+    def prompts(chosen: Sequence[Context | None]) -> list[list[int]]:
+        rendered = [render(tokenizer, a.text, c, settings.system, a.place) for a, c in zip(asked, chosen, strict=True)]
+        for a, ids in zip(asked, rendered, strict=True):
+            check_fits(a.place, a.text, len(ids), settings.max_tokens, "the model's window", window(folder))
+        return rendered
+
+    def add(
+        name: str,
+        chosen: Sequence[Context | None],
+        rendered: list[list[int]],
+        identity: Sequence[str],
+        same_base: bool = True,
+    ) -> None:
         if asked:
-            columns[name] = column(name, model, tokenizer, asked, prompts, chosen, columns.get(BASE), settings)
+            made_by = {
+                "model": identity[0],
+                "adapter": identity[1:],
+                "tokenizer": digest([tokenizer.get_vocab(), sorted(tokenizer.eos_token_ids)]),
+                **{key: meta[key] for key in ("versions", "machine")},
+                "code": code_hash(),
+            }
+            file = Path(settings.out) / KEPT / f"{name.replace(' + ', '_')}.jsonl"
+            ask = (model, tokenizer, asked, rendered, chosen, columns.get(BASE), settings)
+            columns[name] = column(name, *ask, file, made_by)
         context = contexts[0] if name == IN_CONTEXT else None  # a benchmark's questions name none
         replies[name] = replies_of(name, model, tokenizer, benchmarks, context, settings, identity, same_base)
 
     no_context: list[Context | None] = [None] * len(asked)
-    add(BASE, no_context, [base_hash])
+    plain = prompts(no_context)
+    named = settings.context_name is None
+    chosen = [context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked if contexts]
+    behind = prompts(chosen) if contexts else []  # before the first answer, so that no fault is found after it
+    add(BASE, no_context, plain, [base_hash])
     if contexts:
-        named = settings.context_name is None
-        chosen = [context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked]
-        add(IN_CONTEXT, chosen, [base_hash])
+        add(IN_CONTEXT, chosen, behind, [base_hash])
     if settings.adapter_path is not None:
-        _same_model(apply_adapter(model, settings.adapter_path), base_hash, folder, settings)
-        add(UNLEARNED, no_context, [base_hash, file_hash(Path(settings.adapter_path) / "adapters.safetensors")])
+        files = [Path(settings.adapter_path) / name for name in ("adapters.safetensors", "adapter_config.json")]
+        identity = [base_hash, *map(file_hash, files)]
+        apply_adapter(model, settings.adapter_path)
+        add(UNLEARNED, no_context, plain, identity)
     if settings.retrained is not None:
         del model  # two models need not fit into memory
-        model, tokenizer, _ = load_model(settings.retrained, trust_remote_code=settings.trust_remote_code)
-        add(RETRAINED, no_context, [weights_hash(model)], same_base=False)
+        model, tokenizer, folder = load_model(settings.retrained, trust_remote_code=settings.trust_remote_code)
+        add(RETRAINED, no_context, prompts(no_context), [weights_hash(model)], same_base=False)
     return columns, replies, base_hash
 
 
-def _same_model(config: dict, base_hash: str, folder: Path, settings: EvaluateSettings) -> None:
-    """Raise ModelError for an adapter whose shapes fit by chance: it was trained on other weights elsewhere.
+def _check_base(config: dict[str, Any], base_hash: str, settings: EvaluateSettings) -> None:
+    """Raise ModelError for an adapter that fits by its shapes alone: it was trained on other weights.
 
-    The same folder name with other weights only gets a warning: the base in memory is quantized on a GPU and
-    widened on a CPU, so the hash tells those apart too.
+    A GPU holds the base as it is packed and a CPU in float32, so either hash is that of the same model. A CPU of
+    another kind may round once more or less where it dequantizes; only the user can know that it was so.
     """
+    from .model import hash_elsewhere
+
     trained_on = (config.get("targets") or {}).get("model")
-    if trained_on in (None, base_hash):
+    if trained_on in (None, base_hash):  # None: an adapter of another program
         return
-    name = str(config.get("model"))
-    if Path(name).name.removesuffix("-fp32") != folder.name.removesuffix("-fp32"):
-        raise ModelError(
-            f"--adapter-path {settings.adapter_path}: made for another model ({name}); its weights are not "
-            f"those of --model {settings.model}"
+    if trained_on == hash_elsewhere(settings.model, settings.trust_remote_code):
+        note("note: the adapter was trained on the same weights in another precision")
+    elif settings.any_base:
+        note(
+            f"note: the adapter was trained on other weights ({config.get('model')}), or on the same rounded otherwise"
         )
-    print(f"note: the adapter was trained on other bits or another precision of {name}", file=sys.stderr)
-
-
-# --- what is kept -------------------------------------------------------------------------------------------
-
-
-def _meta(settings: EvaluateSettings, groups: dict[str, list[Query]], prompts: list[str]) -> dict[str, Any]:
-    """What the figures hang on: inputs by hash, settings, versions, kind of machine."""
-    import mlx.core as mx
-
-    files: dict[str, Sequence[str]] = {}
-    for name in ("forget", "retain", "neighbours"):
-        files[name] = getattr(settings, name)
-    for name in ("context", "reverse_prompts"):
-        path = getattr(settings, name)
-        files[name] = (path,) if path is not None and Path(path).is_file() else ()
-    packages = ("mlx", "mlx-lm", "numpy", "rouge-score", "transformers")
-    return {
-        "model": settings.model,
-        "adapter": settings.adapter_path,
-        "data": {name: {path: file_hash(path) for path in paths} for name, paths in files.items()},
-        "questions": {group: len(queries) for group, queries in groups.items()},
-        "reverse_prompts": prompts,
-        "settings": asdict(settings),
-        "metrics": {metric.key: metric.definition for metric in measures.MEASURES},
-        "versions": {
-            "duet-mlx": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-        },
-        "machine": {
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "device": "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu",
-        },
-    }
-
-
-def _processor() -> str:
-    """The kind of processor in the system's own words."""
-    try:
-        if platform.system() == "Darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, subprocess.CalledProcessError, StopIteration):
-        return platform.processor() or "unknown"
-
-
-def _write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    for name in ("results.png", "results.svg"):
-        picture(results, out / name)
-    # Last: where results.json stands, all of it is there.
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    (out / "results.json").write_text(text, encoding="utf-8")
+    else:
+        raise ModelError(
+            f"--adapter-path {settings.adapter_path}: made for another model: the weights that it was trained on "
+            f"({config.get('model')}) are not those of --model {settings.model}. Name that model, or pass --any-base "
+            "if it is the same one, dequantized by another kind of processor"
+        )
 
 
 def main() -> None:
     """Evaluate, then show the table and a few answers side by side."""
     settings = parse(EvaluateSettings, "python -m duet_mlx.evaluate", __doc__ or "")
     results = evaluate(settings)
-    report.show(results, Path(settings.out) / "samples.jsonl")
+    report.show(results, Path(settings.out) / SAMPLES)
 
 
 if __name__ == "__main__":

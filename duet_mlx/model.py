@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import dequantize_model, load
+from mlx_lm.utils import load_model as load_weights
 
 from .errors import ModelError
 from .gguf import convert_gguf
@@ -37,8 +40,8 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def resolve_model(name: str) -> Path:
-    """The MLX folder of a hub id, a local folder or a .gguf file (converted once, beside itself).
+def resolve_model(name: str, widened: bool | None = None) -> Path:
+    """The MLX folder of a hub id, a local folder or a .gguf file (converted once, beside itself; see `load_model`).
 
     Raises:
         ModelError: nothing there, a folder without config.json or weights, or the hub cannot give it.
@@ -47,7 +50,7 @@ def resolve_model(name: str) -> Path:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"--model {name}: no such file")
-        return convert_gguf(path, widen=not on_gpu())
+        return convert_gguf(path, widen=not on_gpu() if widened is None else widened)
     if not path.exists():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise ModelError(f"--model {name}: no such folder or .gguf file, and not a hub id (owner/name)")
@@ -71,12 +74,16 @@ def resolve_model(name: str) -> Path:
 
 
 def load_model(
-    name: str, adapter_path: str | Path | None = None, trust_remote_code: bool = False
-) -> tuple[nn.Module, object, Path]:
+    name: str,
+    adapter_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+    widened: bool | None = None,
+) -> tuple[nn.Module, Any, Path]:
     """Load model and tokenizer, ready for the backend: on CPU the base is dequantized once, to float32.
 
     Args:
         name: hub id, MLX folder or .gguf.  adapter_path: an mlx-lm adapter folder to apply.
+        widened: whether to dequantize; None leaves it to the backend.
 
     Returns:
         (model in eval mode, mlx-lm's TokenizerWrapper, the MLX folder).
@@ -84,7 +91,8 @@ def load_model(
     Raises:
         ModelError: as `resolve_model`, or broken weights, unknown architecture, an adapter that does not fit.
     """
-    folder = resolve_model(name)
+    widened = not on_gpu() if widened is None else widened
+    folder = resolve_model(name, widened)
     try:
         model, tokenizer = load(
             str(folder),
@@ -93,9 +101,10 @@ def load_model(
         )
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"--model {name}: cannot be loaded from {folder}: {_short(error)}") from error
-    if not on_gpu():
+    if widened:
         # MLX's quantized product is a scalar loop on CPU, and half floats are slower still; the numbers are the same.
-        model = widen(dequantize_model(widen(model)))
+        with mx.stream(mx.cpu):  # also where a GPU asks what a CPU would hold (`hash_elsewhere`)
+            model = widen(dequantize_model(widen(model)))
     model.freeze()
     model.eval()
     if adapter_path is not None:
@@ -118,30 +127,85 @@ def widen(model: nn.Module) -> nn.Module:
     return model
 
 
-def apply_adapter(model: nn.Module, adapter_path: str | Path) -> dict:
+def window(folder: Path) -> int:
+    """How many tokens the model of this folder was made to read at once; without a word of it, no limit."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or {}
+    return config.get("max_position_embeddings") or text.get("max_position_embeddings") or sys.maxsize
+
+
+def apply_adapter(model: nn.Module, adapter_path: str | Path) -> dict[str, Any]:
     """Put an mlx-lm LoRA adapter on a loaded model; returns its adapter_config.json.
 
     Raises:
-        ModelError: files missing or broken, shapes of another model, or an adapter that leaves a layer empty.
+        ModelError: files missing or broken, numbers that are not finite, shapes of another model, or an adapter that
+            leaves a layer empty.
     """
-    path = Path(adapter_path)
-    for file in ("adapter_config.json", "adapters.safetensors"):
-        if not (path / file).is_file():
-            raise ModelError(f"--adapter-path {path}: no {file} in it")
-    try:
-        config = json.loads((path / "adapter_config.json").read_text())
-        saved = set(mx.load(str(path / "adapters.safetensors")))
-        load_adapters(model, str(path))
-    except (ValueError, RuntimeError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"--adapter-path {path}: does not fit this model: {_short(error)}") from error
-    # mlx-lm accepts an adapter that covers only part of the layers; the rest would be left at random.
-    missing = sorted(set(adapter_parameters(model)) - saved)
-    if missing:
-        raise ModelError(f"--adapter-path {path}: nothing in it for {missing[0]} and {len(missing) - 1} more")
+    config = _put_on(model, Path(adapter_path))
     if not on_gpu():
         widen(model)
     model.eval()
     return config
+
+
+def check_adapter(folder: Path, adapter_path: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Raise what `apply_adapter` would raise, without reading the model's weights; returns adapter_config.json."""
+    skeleton, _ = load_weights(folder, lazy=True, trust_remote_code=trust_remote_code)
+    return _put_on(skeleton, Path(adapter_path))
+
+
+def _put_on(model: nn.Module, path: Path) -> dict[str, Any]:
+    for file in ("adapter_config.json", "adapters.safetensors"):
+        if not (path / file).is_file():
+            raise ModelError(f"--adapter-path {path}: no {file} in it")
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        fault = _config_fault(config)
+        if fault:
+            raise ModelError(f"--adapter-path {path}: adapter_config.json: {fault}")
+        saved = mx.load(str(path / "adapters.safetensors"))
+        load_adapters(model, str(path))
+    except (ValueError, RuntimeError, OSError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"--adapter-path {path}: does not fit this model: {_short(error)}") from error
+    # mlx-lm accepts an adapter that covers only part of the layers; the rest would be left at random.
+    missing = sorted(set(adapter_parameters(model)) - set(saved))
+    if missing:
+        raise ModelError(f"--adapter-path {path}: nothing in it for {missing[0]} and {len(missing) - 1} more")
+    for name, array in saved.items():
+        bad = array.size - mx.isfinite(array).sum().item()
+        if bad:
+            raise ModelError(
+                f"--adapter-path {path}: {bad} of the {array.size} numbers of {name} are NaN or infinite: its training "
+                "broke down. Take a checkpoint from before that, or train again with a lower --learning-rate"
+            )
+    return config
+
+
+def _config_fault(config: Any) -> str:
+    """What mlx-lm or we would stumble over in an adapter_config.json; '' where there is nothing."""
+    if not isinstance(config, dict):
+        return f"expected keys such as lora_parameters, found {config!r:.60}"
+    targets = config.get("targets")
+    if targets is not None and not (isinstance(targets, dict) and isinstance(targets.get("model", ""), str | None)):
+        return f"targets: expected what duet_mlx.train writes there, or no such key; found {targets!r:.60}"
+    if config.get("fine_tune_type", "lora") == "full":
+        return ""
+    lora = config.get("lora_parameters")
+    if not isinstance(lora, dict):
+        return f"lora_parameters: expected rank, scale and dropout, found {lora!r:.60}"
+    for key, value, whole in (
+        ("num_layers", config.get("num_layers"), True),
+        ("rank", lora.get("rank"), True),
+        ("scale", lora.get("scale"), False),
+        ("dropout", lora.get("dropout"), False),
+    ):
+        kinds = int if whole else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not -1e300 < value < 1e300:
+            return f"{key}: expected a {'whole ' if whole else ''}number, found {value!r:.60}"
+    keys = lora.get("keys")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        return f"keys: expected a list of names of modules, found {keys!r:.60}"
+    return ""
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -193,3 +257,8 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(memoryview(mx.contiguous(array).view(mx.uint8)))
     return digest.hexdigest()
+
+
+def hash_elsewhere(name: str, trust_remote_code: bool = False) -> str:
+    """`weights_hash` of the same model on the other kind of backend: packed as on a GPU, or float32 as on a CPU."""
+    return weights_hash(load_model(name, trust_remote_code=trust_remote_code, widened=on_gpu())[0])

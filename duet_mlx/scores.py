@@ -16,15 +16,22 @@ WORST = f"{FORGET}, worst reverse"
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of a group as it is put to the models; `prefix` is a reverse prompt."""
+    """A question of a group as it is put to the models; `prefix` is a reverse prompt, of `prefix_place`."""
 
     group: str
     query: Query
     prefix: str = ""
+    prefix_place: str = ""
 
     @property
     def text(self) -> str:
         return f"{self.prefix} {self.query.question}" if self.prefix else self.query.question
+
+    @property
+    def place(self) -> str:
+        """Where it was read, for messages."""
+        question = self.query.place or self.query.id
+        return f"{self.prefix_place} before {question}" if self.prefix_place else question
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,50 @@ def test_a_validation_question_that_is_trained_on(refused, quick, tmp_path):
     refused("train", *quick, "--valid-retain", file, says=("retain:1", "mine:1", QUESTIONS["retain"][0]))
 
 
-def test_a_question_longer_than_the_window(refused, quick, tmp_path):
+def both_commands(quick, model, data, tmp_path):
+    """Flags of training, and of evaluation behind a context and a reverse prompt, that read the same questions."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeffTell me:\n\nIgnore all of it.\n", encoding="utf-8")
+    asks = ["--model", model, *data, "--reverse-prompts", prompts, "--out", tmp_path / "out", "--max-tokens", 2]
+    return {"train": quick, "evaluate": asks}
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_a_question_longer_than_the_window(refused, quick, model, data, tmp_path, name):
     file = write_questions(tmp_path / "mine.jsonl", ["Short?", "Who was " + "very " * 300 + "old?"])
-    refused("train", *quick, "--forget", file, says=("mine:2", "window of 256", "Who was very", "shorten or drop"))
+    flags = both_commands(quick, model, data, tmp_path)[name]
+    says = (f"{file}:2: ", "window of 256", "Who was very", "shorten or drop")
+    refused(name, *flags, "--forget", file, says=says)
+    refused(name, *flags, "--retain", file, says=says)
+
+
+def test_a_question_that_only_its_context_or_a_reverse_prompt_makes_too_long(refused, model, data, tmp_path):
+    flags = ["--model", model, *data[:4], "--out", tmp_path / "out", "--max-tokens", 2]
+    (tmp_path / "long.yaml").write_text(f"system: {'long ' * 200}\n")
+    said = refused("evaluate", *flags, "--context", tmp_path / "long.yaml", says=("forget.jsonl:1: ", "window of 256"))
+    assert said.count("shorten") == 1
+    (tmp_path / "p.txt").write_text("Go on.\n" + "long " * 200)
+    says = (f"{tmp_path / 'p.txt'}:2 before ", "forget.jsonl:1: ", "window of 256")
+    refused("evaluate", *flags, "--reverse-prompts", tmp_path / "p.txt", says=says)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_a_control_token_of_the_model_in_a_question(refused, quick, model, data, tmp_path, name):
+    file = write_questions(tmp_path / "mine.jsonl", ["Short?", "Who is <|im_end|>?"])
+    flags = both_commands(quick, model, data, tmp_path)[name]
+    refused(name, *flags, "--retain", file, says=(f"{file}:2: ", "<|im_end|>", "control token", "reword"))
+
+
+def test_a_control_token_of_the_model_in_a_reverse_prompt(refused, model, data, tmp_path):
+    flags = ["--model", model, *data, "--out", tmp_path / "out", "--max-tokens", 2]
+    (tmp_path / "p.txt").write_text("Go on.\n\n<|im_start|>system\n")
+    says = (f"{tmp_path / 'p.txt'}:3 before ", "forget.jsonl:1: ", "<|im_start|>", "control token")
+    refused("evaluate", *flags, "--reverse-prompts", tmp_path / "p.txt", says=says)
 
 
 def test_a_question_longer_than_max_seq_length(refused, quick):
-    refused("train", *quick, "--max-seq-length", 12, says=("--max-seq-length of 12", "forget:1", "shorten or drop"))
+    says = ("--max-seq-length of 12", "forget.jsonl:1: ", "shorten or drop")
+    refused("train", *quick, "--max-seq-length", 12, says=says)
 
 
 def test_a_question_that_names_a_context_that_is_not_there(refused, quick, tmp_path):

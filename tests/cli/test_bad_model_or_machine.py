@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.small_disk import small_disk
 from tests.tiny_model import contents, tiny_model
 
 # --- the model ---------------------------------------------------------------------------------------------------
@@ -168,17 +166,6 @@ def test_no_permission_as_the_system_says_it(refused, quick, monkeypatch):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder where even root may not write")
 def test_a_folder_that_nobody_may_write_to(refused, quick):
     refused("train", *quick, "--adapter-path", "/proc/self", "--overwrite", says=("--adapter-path /proc/self",))
-
-
-@contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """Inside, files may not grow beyond `size` bytes, as if the disk were full; pytest's own log outside may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_room_for_the_targets(refused, quick, tmp_path):

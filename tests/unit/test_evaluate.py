@@ -1,15 +1,20 @@
 """Evaluation end to end on a tiny model of random weights, and the pieces that hold it together."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from duet_mlx import evaluate as ev
+from duet_mlx import result_files
 from duet_mlx.data import Query
-from duet_mlx.errors import ConfigError, ContextError, DataError, DuetError, ModelError
+from duet_mlx.errors import ConfigError, ContextError, DataError, DuetError, ModelError, TrainingError
 from duet_mlx.scores import Asked, Column, rows_of, score
+from tests.small_disk import small_disk
+from tests.tiny_model import contents
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -277,6 +282,7 @@ def wrong(room, tmp_path):
     (tmp_path / "done" / "results.json").write_text("{}")
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "row.json").write_text('{"rows": [{"model": "m", "group": "g", "metric": "f1", "value": 1}]}')
     (tmp_path / "named.jsonl").write_text('{"question": "Who?", "context": "other"}\n')
     return {
         "results there already": ({"out": str(tmp_path / "done")}, ConfigError, "--overwrite"),
@@ -298,6 +304,7 @@ def wrong(room, tmp_path):
         "no prompts": ({"reverse_prompts": str(tmp_path / "empty.txt")}, ConfigError, "empty.txt"),
         "prompts missing": ({"reverse_prompts": str(tmp_path / "none.txt")}, ConfigError, "none.txt"),
         "beside": ({"beside": ("paper",)}, ConfigError, "--beside"),
+        "a row beside": ({"beside": (f"paper={tmp_path / 'row.json'}",)}, DataError, "row 1 of rows: n: expected"),
     }
 
 
@@ -305,7 +312,7 @@ WRONG = (
     "results there already", "out is a file", "no forget", "no model", "model missing",
     "questions missing", "same questions", "no adapter there", "no tokens", "no batch", "seed",
     "fewer than none", "topic alone", "context missing", "no such context", "context of a question",
-    "no prompts", "prompts missing", "beside",
+    "no prompts", "prompts missing", "beside", "a row beside",
 )  # fmt: skip
 
 
@@ -330,10 +337,178 @@ def test_an_adapter_of_the_same_shape_but_another_model_is_refused(settings, tmp
         ev.evaluate(but(settings, adapter_path=str(adapter)))
 
 
-def test_the_same_model_in_other_precision_is_only_noted(settings, room, tmp_path, capsys):
+def quick(settings, **changes):
+    """Only the base and, unless it is taken off, the adapter, on the forget questions."""
+    return but(settings, **{"context": None, "reverse_prompts": None, "retain": (), "neighbours": (), **changes})
+
+
+def test_an_adapter_of_other_weights_under_the_same_name_is_refused_unless_the_user_knows_better(
+    settings, room, tmp_path, capsys
+):
     adapter = make_adapter(tmp_path / "adapter", room / "model", base_hash="0" * 64)
-    ev.evaluate(but(settings, adapter_path=str(adapter), context=None, reverse_prompts=None))
-    assert "other bits" in capsys.readouterr().err
+    mine = quick(settings, adapter_path=str(adapter))
+    with pytest.raises(ModelError, match="another model.*--any-base"):
+        ev.evaluate(mine)
+    assert "answers" not in capsys.readouterr().err  # nothing was asked before
+    ev.evaluate(but(mine, any_base=True))
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_an_adapter_trained_on_the_packed_weights_of_the_same_model_is_taken(settings, tmp_path, capsys):
+    """As on a GPU, which does not dequantize."""
+    from duet_mlx.model import hash_elsewhere, load_model, weights_hash
+    from tests.tiny_model import tiny_model
+
+    model = str(tiny_model(tmp_path / "model", bits=4))
+    packed = hash_elsewhere(model)
+    assert packed != weights_hash(load_model(model)[0])
+    adapter = make_adapter(tmp_path / "adapter", model, base_hash=packed)
+    ev.evaluate(quick(settings, model=model, adapter_path=str(adapter)))
+    assert "same weights in another precision" in capsys.readouterr().err
+
+
+def spoil(folder, **changes):
+    """Change adapter_config.json; `lora_scale` means the entry scale of lora_parameters."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for key, value in changes.items():
+        inside = key.startswith("lora_") and key != "lora_parameters"
+        part, name = (config["lora_parameters"], key[5:]) if inside else (config, key)
+        part[name] = value
+    file.write_text(json.dumps(config))
+
+
+BAD_ADAPTERS = {
+    "targets in a word": ({"targets": "x"}, "targets"),
+    "a number for a hash": ({"targets": {"model": 3}}, "targets"),
+    "no scale": ({"lora_scale": None}, "scale: expected a number, found None"),
+    "scale in words": ({"lora_scale": "big"}, "scale"),
+    "scale NaN": ({"lora_scale": float("nan")}, "scale"),
+    "a scale without end": ({"lora_scale": 10**400}, "scale"),
+    "no dropout": ({"lora_dropout": None}, "dropout"),
+    "half a rank": ({"lora_rank": 1.5}, "rank: expected a whole number, found 1.5"),
+    "layers in words": ({"num_layers": "all"}, "num_layers"),
+    "one key": ({"lora_keys": "self_attn.q_proj"}, "keys: expected a list"),
+    "LoRA as a list": ({"lora_parameters": [8]}, "lora_parameters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_a_wrong_entry_of_an_adapters_config_is_named(case, room, tmp_path):
+    from duet_mlx.model import check_adapter
+
+    changes, message = BAD_ADAPTERS[case]
+    adapter = tmp_path / "adapter"
+    shutil.copytree(room / "adapter", adapter)
+    spoil(adapter, **changes)
+    with pytest.raises(ModelError, match="--adapter-path.*adapter_config.json: .*" + message):
+        check_adapter(room / "model", adapter)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "7", "[" * 100_000, '{"lora_parameters": '], ids=range(5))
+def test_an_adapters_config_that_is_no_object_is_refused(content, room, tmp_path):
+    from duet_mlx.model import check_adapter
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(room / "adapter", adapter)
+    (adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(ModelError, match="--adapter-path"):
+        check_adapter(room / "model", adapter)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_an_adapter_with_a_number_that_is_none_is_refused_by_the_tensors_name(value, settings, room, tmp_path, capsys):
+    import mlx.core as mx
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(room / "adapter", adapter)
+    weights = mx.load(str(adapter / "adapters.safetensors"))
+    name = "model.layers.1.mlp.up_proj.lora_b"
+    weights[name][0, 3] = float(value)
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
+    with pytest.raises(ModelError, match=rf"--adapter-path.*1 of the 128 numbers of {name}.*--learning-rate"):
+        ev.evaluate(quick(settings, adapter_path=str(adapter)))
+    assert "answers" not in capsys.readouterr().err
+
+
+def test_logits_that_are_not_finite_are_refused_by_column_and_question(settings, room, tmp_path):
+    """Numbers that are finite by themselves, and too large together: behind a plain question and behind a prompt."""
+    adapter = make_adapter(tmp_path / "adapter", room / "model", scale=1e30)
+    forget = str(room / "forget.jsonl")
+    with pytest.raises(ModelError, match=rf"unlearned: the logits behind {forget}:1 are NaN or infinite"):
+        ev.evaluate(quick(settings, adapter_path=str(adapter)))
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_logit_that_is_masked_by_minus_infinity_is_no_fault():
+    import mlx.core as mx
+    import numpy as np
+
+    from duet_mlx.answers import _is_finite
+
+    rows = [[0.0, -float("inf")], [0.0, float("inf")], [float("nan"), 0.0], [1.0, 2.0]]
+    assert np.isfinite(_is_finite(mx.array(rows))).tolist() == [True, False, False, True]
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["results.json", "samples.jsonl", "results.png", "results.svg"])
+def test_none_of_these_files_is_replaced_unasked(name, settings, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{name}.*--overwrite"):
+        ev.evaluate(settings)
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["results.json", "answers"])
+def test_a_folder_or_file_in_the_way_of_what_is_written_is_found_before_the_work(name, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "_columns", lambda *args: pytest.fail("the work has begun"))
+    (tmp_path / "out").mkdir()
+    if name == "answers":
+        (tmp_path / "out" / name).write_text("mine")
+    else:
+        (tmp_path / "out" / name).mkdir()
+    with pytest.raises(ConfigError, match="--out"):
+        ev.evaluate(but(settings, overwrite=True))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder where even root may not write")
+@pytest.mark.parametrize("out", ["/proc/self", "/proc/self/new"])
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(out, settings, monkeypatch):
+    monkeypatch.setattr(ev, "_columns", lambda *args: pytest.fail("the work has begun"))
+    with pytest.raises(ConfigError, match=f"--out {out}: cannot be written to"):
+        ev.evaluate(but(settings, out=out))
+
+
+RESULTS = {"rows": [{"model": "base", "group": "forget", "metric": "recall", "value": 1.0, "ci": None, "n": 3}]}
+
+
+def test_where_the_disk_is_full_the_file_is_named_and_the_old_ones_stay(tmp_path):
+    result_files.write(tmp_path, RESULTS, [{"answer": "old"}])
+    before = contents(tmp_path)
+    assert set(before) == {"results.json", "samples.jsonl", "results.png", "results.svg"}
+    with small_disk(1000), pytest.raises(TrainingError, match=r"samples\.jsonl: cannot be written"):
+        result_files.write(tmp_path, RESULTS, [{"answer": "new" * 1000}])
+    assert contents(tmp_path) == before
+
+
+def test_a_picture_for_which_there_is_no_room_costs_no_figure_and_leaves_no_old_one(tmp_path):
+    result_files.write(tmp_path, RESULTS, [{"answer": "old"}])
+    with small_disk(1000), pytest.raises(TrainingError, match=r"results\.png: cannot be written"):
+        result_files.write(tmp_path, RESULTS, [{"answer": "new"}])
+    after = contents(tmp_path)
+    assert set(after) == {"results.json", "samples.jsonl"} and b"new" in after["samples.jsonl"]
+
+
+def test_null_and_a_reason_stand_for_a_number_that_json_has_no_word_for():
+    nan, inf = float("nan"), float("inf")
+    row = {"metric": "f1", "value": nan, "ci": [0.0, inf], "n": 3}
+    reason = "not a finite number: value, ci"
+    assert result_files.finite(row) == {"metric": "f1", "value": None, "ci": None, "n": 3, "reason": reason}
+    whole = {"metric": "f1", "value": 0.5, "ci": [0.0, 1.0], "n": 3}
+    assert result_files.finite(whole) == whole
 
 
 def test_help_waits_for_no_heavy_import():

@@ -1,0 +1,70 @@
+"""What the figures of an evaluation hang on: inputs by hash, settings, versions, kind of machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import BLAS, __version__, measures
+from .context_file import READY
+from .data import file_hash
+
+if TYPE_CHECKING:
+    from .evaluate import EvaluateSettings
+
+
+def described(settings: EvaluateSettings, questions: dict[str, int], prompts: list[str]) -> dict[str, Any]:
+    """The `meta` of results.json.
+
+    Args:
+        questions: how many each group has.  prompts: the reverse prompts.
+    """
+    import mlx.core as mx
+
+    files: dict[str, Sequence[str]] = {}
+    for name in ("forget", "retain", "neighbours"):
+        files[name] = getattr(settings, name)
+    for name in ("context", "reverse_prompts"):
+        path = getattr(settings, name)
+        files[name] = (path,) if path is not None and path not in READY else ()
+    packages = ("mlx", "mlx-lm", "numpy", "rouge-score", "transformers")
+    return {
+        "model": settings.model,
+        "adapter": settings.adapter_path,
+        "data": {name: {path: file_hash(path) for path in paths} for name, paths in files.items()},
+        "questions": questions,
+        "reverse_prompts": prompts,
+        "settings": asdict(settings),
+        "metrics": {metric.key: metric.definition for metric in measures.MEASURES},
+        "versions": {
+            "duet-mlx": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "blas": BLAS,
+            "device": "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu",
+        },
+    }
+
+
+def _processor() -> str:
+    """The kind of processor in the system's own words."""
+    try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, subprocess.CalledProcessError, StopIteration):
+        return platform.processor() or "unknown"
