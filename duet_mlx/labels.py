@@ -162,6 +162,7 @@ def answer_targets(
     import mlx.core as mx
 
     from .baselines import Answers, token_log_probs
+    from .probe import answer_ids
     from .teacher import _is_float64
 
     refusals = refusals_of(settings)
@@ -170,9 +171,9 @@ def answer_targets(
     own = []
     for i, query in enumerate(queries):
         if query.role == "forget" and method.labels == "refusals":
-            labels[i] = text_labels(tokenizer, refusal_of(query, refusals))
+            labels[i] = answer_ids(tokenizer, refusal_of(query, refusals))
         elif settings.answers == "gold":
-            labels[i] = text_labels(tokenizer, gold_answer(query) or "")
+            labels[i] = answer_ids(tokenizer, gold_answer(query) or "")
         else:
             own.append(i)
     said = base_answers(model, tokenizer, [prompts[i] for i in own], settings.answer_tokens, head)
@@ -180,7 +181,7 @@ def answer_targets(
         labels[i] = words
     if method.labels == "both":
         forget = [i for i, query in enumerate(queries) if query.role == "forget"]
-        labels += [text_labels(tokenizer, refusal_of(queries[i], refusals)) for i in forget]
+        labels += [answer_ids(tokenizer, refusal_of(queries[i], refusals)) for i in forget]
         prompts += [prompts[i] for i in forget]
         queries = [*queries, *(queries[i] for i in forget)]
     for query, prompt, words in zip(queries, prompts, labels, strict=True):
@@ -228,13 +229,6 @@ def base_answers(model: nn.Module, tokenizer, prompts: Sequence[list[int]], n: i
                 answers[row] = every[: len(tokens) + 1].tolist()
             bar.update(len(batch.rows))
     return answers
-
-
-def text_labels(tokenizer, text: str) -> list[int]:
-    """A text as the assistant would say it, and its end of turn."""
-    plain = getattr(tokenizer, "chat_template", None) is None and not getattr(tokenizer, "has_chat_template", False)
-    ids = tokenizer.encode(" " * plain + text.strip(), add_special_tokens=False)  # "Answer:" ends without a space
-    return [*ids, tokenizer.eos_token_id]
 
 
 def frozen_states(

@@ -90,15 +90,9 @@ def ask(
         return replies
     head, _ = check_head(model, mx.array([prompts[0]]))
     stop = stop_ids(tokenizer)
-    end = end_of_turn(tokenizer)
-    chat = tokenizer.chat_template is not None
-
-    def tokens_of(text: str) -> list[int]:
-        # Without a template the prompt ends in "Answer:", and a space comes before the answer.
-        return [*tokenizer.encode(text if chat else " " + text, add_special_tokens=False), *end]
 
     def room(item: Item) -> int:
-        longest = max((len(tokens_of(answer)) for answer in item.answers), default=0)
+        longest = max((len(answer_ids(tokenizer, answer)) for answer in item.answers), default=0)
         return NEW_TOKENS.get(item.kind) or max(max_tokens, longest * 3 // 2)
 
     for rows in _alike(items, ("qa", "knowmem", "verbmem")):
@@ -113,10 +107,10 @@ def ask(
     texts: list[tuple[int, str, list[int], list[int]]] = []  # item, what it is, prompt, tokens
     for i, item in enumerate(items):
         if item.kind == "qa" and item.answers:
-            texts.append((i, "reference", prompts[i], tokens_of(item.answers[0])))
+            texts.append((i, "reference", prompts[i], answer_ids(tokenizer, item.answers[0])))
             if item.paraphrased is not None:
-                texts.append((i, "paraphrased", prompts[i], tokens_of(item.paraphrased)))
-            texts += [(i, "perturbed", prompts[i], tokens_of(text)) for text in item.perturbed]
+                texts.append((i, "paraphrased", prompts[i], answer_ids(tokenizer, item.paraphrased)))
+            texts += [(i, "perturbed", prompts[i], answer_ids(tokenizer, text)) for text in item.perturbed]
         elif item.kind == "privleak" and len(prompts[i]) > 1:
             texts.append((i, "text", prompts[i][:1], prompts[i][1:]))  # nothing foretells the first token
     found = log_probs(model, [text[2] for text in texts], [text[3] for text in texts], head, progress)
@@ -144,6 +138,13 @@ def _alike(items: Sequence[Item], kinds: Sequence[str]) -> Iterator[list[int]]:
         if item.kind in kinds:
             parts.setdefault((item.kind, item.subject if item.shots else "", item.shots), []).append(i)
     yield from parts.values()
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text as the assistant would say it, and its end of turn."""
+    # Without a template the prompt ends in "Answer:", and a space comes before the answer.
+    said = text if tokenizer.chat_template is not None else " " + text
+    return [*tokenizer.encode(said, add_special_tokens=False), *end_of_turn(tokenizer)]
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:

@@ -328,10 +328,6 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
 
     optimizer = make_optimizer(settings)
     optimizer.init(model.trainable_parameters())
-    if settings.grad_checkpoint:
-        from mlx_lm.tuner.trainer import grad_checkpoint
-
-        grad_checkpoint(model.layers[0])  # patches the class; the teacher has been read by now
     model.train()
     loss = method_loss(settings, shared, head, lower)
     config = adapter_config(settings, prepared, keys, layers)
@@ -353,7 +349,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
 
     good = here(done)
     bar = tqdm(total=settings.iters, initial=done, desc="train", unit="step", file=sys.stdout)
-    with _interrupts_noted() as interrupted, bar:
+    with _interrupts_noted() as interrupted, bar, _checkpointed(model, settings.grad_checkpoint):
         for it in range(done + 1, settings.iters + 1):
             before, batch = here(it - 1), stream.batch(steps[it - 1])
             value, norm, carried = step(batch, carried, it % settings.grad_accumulation_steps == 0)
@@ -399,6 +395,21 @@ class Kept(NamedTuple):
     step: int
     adapter: dict[str, Any]
     optimizer: dict[str, Any]
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """While inside, layers are run again in the backward pass. mlx-lm patches their class: for one run, not for all."""
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    block = type(model.layers[0])
+    call = block.__call__
+    if wanted:
+        grad_checkpoint(model.layers[0])
+    try:
+        yield
+    finally:
+        block.__call__ = call
 
 
 @contextmanager

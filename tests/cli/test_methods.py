@@ -121,3 +121,13 @@ def test_an_interrupted_baseline_goes_on_to_the_same_bytes(command, quick, tmp_p
     ended = command("train", *flags, *schedule, "--method", "idkdpo", "--iters", 4, "--resume-adapter-file", adapter)
     assert ended.code == 0, ended.err
     assert adapter.read_bytes() == contents(whole)["adapters.safetensors"]
+
+
+def test_a_dictionarys_flag_adds_to_what_the_yaml_says(command, quick, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("lora_parameters: {rank: 2, scale: 1.0}\nmethod_parameters: {alpha: 0.5}\n")
+    flags = ["-c", config, "--method", "npo", "--lora-parameters", "scale=3", "--method-parameters", "beta=1e-1"]
+    assert command("train", *answered(quick), *flags).code == 0
+    saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert saved["lora_parameters"] | {"keys": None} == {"rank": 2, "scale": 3, "dropout": 0.0, "keys": None}
+    assert saved["settings"]["method_parameters"] == {"alpha": 0.5, "beta": 0.1}

@@ -1,0 +1,73 @@
+"""`train_once`: what is kept, what is set aside, what is gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from duet_mlx.once import train_once
+from duet_mlx.train import parse_settings
+from tests.tiny_model import tiny_data, tiny_model
+
+QUICK = ["--iters", "4", "--batch-size", "4", "--top-k", "5", "--positions", "2", "--steps-per-eval", "0",
+         "--save-every", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings_and_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("once")
+    flags = ["--model", str(tiny_model(folder / "tiny")), *tiny_data(folder / "data"), *QUICK]
+    settings = parse_settings("once", "Once.", [*flags, "--adapter-path", str(folder / "run")])
+    train_once(settings)
+    return settings, folder / "run"
+
+
+@pytest.fixture
+def there(settings_and_run, tmp_path):
+    settings, run = settings_and_run
+    return replace(settings, adapter_path=str(shutil.copytree(run, tmp_path / "run"))), tmp_path / "run"
+
+
+def adapter(folder):
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+def test_an_adapter_of_the_same_settings_is_kept(there, capsys):
+    settings, folder = there
+    before = adapter(folder)
+    train_once(replace(settings, steps_per_report=3))
+    assert adapter(folder) == before and "nothing to train" in capsys.readouterr().out
+
+
+def test_one_from_before_a_setting_was_there_is_kept_as_the_default_is_what_it_had(there, capsys):
+    settings, folder = there
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["settings"]["method_parameters"], config["settings"]["answer_tokens"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    train_once(settings)
+    assert "nothing to train" in capsys.readouterr().out
+    train_once(replace(settings, answer_tokens=7))
+    assert "settings or questions have changed" in capsys.readouterr().out
+
+
+def test_another_setting_sets_it_aside_with_all_its_bytes(there):
+    settings, folder = there
+    before = adapter(folder)
+    train_once(replace(settings, learning_rate=1e-5))
+    [aside] = folder.parent.glob("run-until-*")
+    assert adapter(aside) == before != adapter(folder)
+
+
+def test_one_that_was_cut_off_is_gone_on_with(there, capsys):
+    settings, folder = there
+    train_once(replace(settings, iters=6))
+    said = capsys.readouterr().out
+    assert "settings or questions have changed" in said  # another length is another schedule
+    train_once(replace(settings, iters=4))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "step": 2}))
+    train_once(replace(settings, iters=4))
+    assert "going on from step" in capsys.readouterr().out
