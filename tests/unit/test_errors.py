@@ -123,6 +123,7 @@ def test_importing_the_package_imports_neither_mlx_nor_numpy():
 def test_a_blas_that_was_preloaded_is_left_as_it_is():
     # Set after the start, for the loader would complain of a file that does not exist.
     program = "import os; os.environ['LD_PRELOAD'] = '/x/libblas.so.3'; import ctypes\n"
+    program += "os.environ.pop('OPENBLAS_NUM_THREADS', None)\n"
     program += "ctypes.CDLL = lambda name: print(name)\n"  # of no library, None, where the preloaded one would be found
     ran = in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)", OPENBLAS_NUM_THREADS="")
     assert ran == "None\nlibblas.so.3"
