@@ -142,6 +142,15 @@ def test_a_second_conversion_reuses_the_first_and_a_changed_file_is_refused(tmp_
         convert_gguf(path, widen=True)
 
 
+def test_a_file_that_stands_where_the_folder_should_is_left_and_nothing_half_written_beside_it(tmp_path):
+    write(tmp_path / "m.gguf")
+    (tmp_path / "m-mlx").write_text("mine")
+    with pytest.raises(ModelError, match="m-mlx: cannot write the converted model"):
+        convert_gguf(tmp_path / "m.gguf", widen=False)
+    assert (tmp_path / "m-mlx").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m-mlx", "m.gguf"]
+
+
 def test_of_two_conversions_at_once_the_second_takes_the_folder_of_the_first(tmp_path, monkeypatch):
     """As several processes on one new file do: each reads it before any folder is there."""
     path = tmp_path / "m.gguf"

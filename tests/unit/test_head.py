@@ -108,6 +108,17 @@ def test_a_head_that_gives_other_numbers_is_refused():
     assert head is None and "differ by" in reason
 
 
+def test_a_model_that_counts_on_all_of_its_logits_is_refused_and_says_why():
+    class Reshaping(type(llama())):
+        def __call__(self, tokens, cache=None):
+            return super().__call__(tokens, cache=cache).reshape(*tokens.shape, VOCABULARY)
+
+    model = llama()
+    model.__class__ = Reshaping
+    head, reason = check_head(model, TOKENS)
+    assert head is None and "does not fit this architecture" in reason
+
+
 def test_no_head_by_name_takes_the_full_head():
     class Nameless(nn.Module):
         def __init__(self):
