@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .context import Context, render
+from .context import Context, check_fits, render
 from .data import Query
 from .errors import ConfigError, DataError
 from .methods import METHODS, Method, parameters
@@ -66,7 +66,7 @@ def check_answers(queries: Sequence[Query], settings: TrainSettings) -> None:
     asked = [q for q in queries if method.labels in ("answers", "both") or q.role != "forget"]
     if method.labels == "teacher" or settings.answers == "base":
         return
-    without = [query.id for query in asked if query.answer is None]
+    without = [query.place or query.id for query in asked if query.answer is None]
     if without:
         raise DataError(
             f"{without[0]}: has no answer, and neither have {len(without) - 1} more; --answers gold needs the field "
@@ -166,7 +166,7 @@ def answer_targets(
     from .teacher import _is_float64
 
     refusals = refusals_of(settings)
-    prompts = [render(tokenizer, query.question) for query in queries]
+    prompts = [render(tokenizer, query.question, place=query.place) for query in queries]
     labels: list[list[int]] = [[] for _ in queries]
     own = []
     for i, query in enumerate(queries):
@@ -185,11 +185,8 @@ def answer_targets(
         prompts += [prompts[i] for i in forget]
         queries = [*queries, *(queries[i] for i in forget)]
     for query, prompt, words in zip(queries, prompts, labels, strict=True):
-        if len(prompt) + len(words) - 1 > settings.max_seq_length:
-            raise DataError(
-                f"{query.id}: {len(prompt)} tokens and {len(words)} of an answer exceed --max-seq-length "
-                f"{settings.max_seq_length}: {tokenizer.decode(words)[:60]!r}…; shorten the answer"
-            )
+        place = query.place or query.id
+        check_fits(place, query.question, len(prompt), len(words), "--max-seq-length", settings.max_seq_length)
 
     n = max(map(len, labels))
     ids = np.zeros((len(labels), n, 1), dtype=np.int32)

@@ -65,7 +65,7 @@ def test_gold_answers_are_those_of_the_files(command, quick, tmp_path):
     assert tokenizer.decode(targets["ids"][0, :count, 0].tolist()) == "a mouse<|im_end|>"
     flags = replaced(flags, "--retain", str(write_questions(tmp_path / "retain.jsonl", QUESTIONS["retain"])))
     ended = command("train", *answered(flags), "--method", "graddiff", "--answers", "gold", "--overwrite")
-    assert ended.code == 2 and "retain:1: has no answer, and neither have 7 more" in ended.err
+    assert ended.code == 2 and "retain.jsonl:1: has no answer, and neither have 7 more" in ended.err
 
 
 def test_refusals_are_the_users_own(command, quick, tmp_path):
@@ -87,7 +87,7 @@ REFUSED = {
     "RMU without its layer": (["--method", "rmu"], ("rmu", "layer=7")),
     "RMU above the last layer but one": (["--method", "rmu", "--method-parameters", "layer=1"], ("layer 1", "0 to 0")),
     "RMU below the adapted layers": (["--method", "rmu", *RMU, "--num-layers", "1"], ("layer 0", "--num-layers")),
-    "gold answers that are missing": (["--method", "npo", "--answers", "gold"], ("forget:1", "--answers base")),
+    "gold answers that are missing": (["--method", "npo", "--answers", "gold"], ("forget.jsonl:1", "--answers base")),
     "no such file of refusals": (["--method", "flat", "--refusals", "missing.txt"], ("missing.txt", "o such file")),
     "an answer of no token": (["--method", "npo", "--answer-tokens", "0"], ("--answer-tokens 0", "1 or more")),
     "DUET without a context": ([], ("--context is missing",)),
@@ -131,3 +131,14 @@ def test_a_dictionarys_flag_adds_to_what_the_yaml_says(command, quick, tmp_path)
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert saved["lora_parameters"] | {"keys": None} == {"rank": 2, "scale": 3, "dropout": 0.0, "keys": None}
     assert saved["settings"]["method_parameters"] == {"alpha": 0.5, "beta": 0.1}
+
+
+def test_an_answer_longer_than_max_seq_length_is_named(refused, quick, tmp_path):
+    flags = list(quick)
+    for role in ("forget", "retain"):
+        long = "very " * 60 + "old" if role == "retain" else "short"
+        flags = replaced(
+            flags, f"--{role}", str(write_questions(tmp_path / f"{role}.jsonl", QUESTIONS[role], answer=long))
+        )
+    more = ["--method", "graddiff", "--answers", "gold", "--max-seq-length", 100]
+    refused("train", *answered(flags), *more, says=("retain.jsonl:1", "--max-seq-length of 100"))

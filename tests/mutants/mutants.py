@@ -623,7 +623,7 @@ BACKEND = (
     Mutant(
         "duet_mlx/probe.py",
         "the end of turn left out of the probability of an answer",
-        "add_special_tokens=False), *end]",
+        "add_special_tokens=False), *end_of_turn(tokenizer)]",
         "add_special_tokens=False)]",
         "tests/unit/test_probe.py",
     ),
