@@ -26,6 +26,7 @@ from .errors import ConfigError, DivergedError, TrainingError, run_cli
 from .evaluate import BASE, IN_CONTEXT, UNLEARNED, EvaluateSettings, evaluate
 from .methods import METHODS
 from .metrics import FORGET
+from .result_files import KEPT
 from .settings import parse, require
 
 
@@ -116,13 +117,19 @@ def _lend_targets(trial: Trial) -> None:
     def kind(name: str) -> tuple[str, bool]:
         return METHODS[name].labels, METHODS[name].frozen in ("logits", "layer", "candidates")
 
-    runs = next(parent for parent in trial.folder.parents if parent.name == "runs")
-    for config in sorted(runs.glob("**/adapters/adapter_config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+    for config in sorted(
+        _runs(trial).glob("**/adapters/adapter_config.json"), key=lambda p: p.stat().st_mtime, reverse=True
+    ):
         if kind(_json(config)["settings"]["method"]) == kind(trial.settings.method):
             mine.mkdir(parents=True, exist_ok=True)
             for file in config.parent.glob("*targets.safetensors"):
                 shutil.copy(file, mine / file.name)
             return
+
+
+def _runs(trial: Trial) -> Path:
+    """The folder of all runs."""
+    return next(parent for parent in trial.folder.parents if parent.name == "runs")
 
 
 def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[str, Any]]:
@@ -136,7 +143,19 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
         same = results["meta"]["settings"] == json.loads(json.dumps(asdict(settings)))
         if same and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items()):
             return results["rows"]
+    _lend_answers(trial, out)
     return evaluate(settings)["rows"]
+
+
+def _lend_answers(trial: Trial, out: Path) -> None:
+    """Copy what the base answered from the last evaluation of the same name; `evaluate` takes it only if it fits."""
+    if (out / KEPT).exists():
+        return
+    folders = sorted(_runs(trial).glob(f"**/{out.name}/{KEPT}"), key=lambda path: path.stat().st_mtime)
+    for file in folders[-1].glob("*") if folders else []:
+        if UNLEARNED not in file.name:
+            (out / KEPT).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, out / KEPT / file.name)
 
 
 def choose(grids: dict[str, list[Trial]], test: EvaluateSettings) -> tuple[list[Trial], list[dict], dict]:

@@ -23,7 +23,7 @@ TRIED = {"learning_rate": ["1e-3", 0.05]}
 def comparison(model, data, tmp_path, monkeypatch):
     """comparison(methods, more settings) writes the three YAML files; the path of the comparison's."""
     # Each evaluation's own pictures would take most of the time; the comparison's is drawn.
-    monkeypatch.setattr("duet_mlx.evaluate.picture", lambda *_: None)
+    monkeypatch.setattr("duet_mlx.result_files.picture", lambda *_: None)
     files = dict(zip(data[::2], data[1::2], strict=True))
     valid = [str(write_questions(tmp_path / f"{role}_valid.jsonl", [text]))
              for role, text in (("forget", "Who owns the red broom?"), ("retain", "What do birds make?"))]  # fmt: skip
@@ -52,6 +52,9 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     config = comparison(methods, sweeps={"K": {"method": "duet", "top_k": [1, 3]}}, seeds=2, best=1, trained=True)
     ended = command("compare", "-c", config)
     assert ended.code == 0, ended.err
+    # Of 4 validations, 5 tests and 5 times the trained questions, the first of each kind asks the base.
+    said = ended.err.splitlines()
+    assert sum(line.startswith("base: answers reused from") for line in said) == 3 + 4 + 4, ended.err
     results = load_results(tmp_path / "out" / "results.json")
     models = list(dict.fromkeys(row["model"] for row in results["rows"]))
     duet, npo = models[2:4]
