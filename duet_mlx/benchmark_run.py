@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
 from .benchmarks import load_benchmark
-from .context import DATE, Context
-from .errors import ConfigError
+from .checkpoint import write_text
+from .context import DATE, Context, check_fits
+from .errors import ConfigError, note
 from .items import Item
+from .kept_answers import code_hash
+from .result_files import KEPT
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from .probe import Reply
 
 Benchmarks = dict[str, list[Item]]
-KEPT = ".replies"  # in --out: replies of a run that was cut off
 
 
 def load_benchmarks(specs: Sequence[str], questions: int = 0) -> Benchmarks:
@@ -58,6 +58,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=asdict).encode()).hexdigest()
 
 
+def check_prompts(
+    tokenizer: Any, benchmarks: Benchmarks, contexts: Sequence[Context], settings: Any, limit: int
+) -> None:
+    """Render every question, so that no fault is found after the first answer.
+
+    Raises:
+        DataError: a prompt too long for the model's window of `limit`, or with a control token.  ContextError.
+    """
+    from .probe import prompt_of, room
+
+    for items in benchmarks.values():
+        for item in items:
+            for context in (None, *contexts[:1]):
+                tokens = len(prompt_of(tokenizer, item, context, settings.system))
+                n = room(tokenizer, item, settings.max_tokens)
+                check_fits(item.id, item.question, tokens, n, "the model's window", limit)
+
+
 def replies_of(
     column: str,
     model: nn.Module,
@@ -70,9 +88,11 @@ def replies_of(
 ) -> dict[str, list[Reply]]:
     """What one model replies to all items, by benchmark.
 
+    They are kept in --out, a file each, and taken from there where nothing has changed that they hang on.
+
     Args:
         column: the model's name in the table.  settings: of the evaluation.
-        identity: what tells the model apart (hashes): replies are taken from disk only for the very same.
+        identity: what tells the model apart (hashes).
         same_base: whether the model without its adapter is the base, so that the base can judge its answers.
     """
     from tqdm import tqdm
@@ -82,11 +102,13 @@ def replies_of(
     found: dict[str, list[Reply]] = {}
     for name, items in benchmarks.items():
         asked = [settings.system, settings.max_tokens, same_base, context, items]
-        digest = _digest([__version__, DATE.isoformat(), column, *identity, *asked])
-        kept = Path(settings.out) / KEPT / f"{digest[:32]}.json"
-        if kept.is_file():
-            found[name] = [Reply(**reply) for reply in json.loads(kept.read_text(encoding="utf-8"))]
-            print(f"{column}, {name}: replies of an earlier run that was cut off", file=sys.stderr)
+        digest = _digest([code_hash(), DATE.isoformat(), column, *identity, *asked])
+        slug = re.sub(r"[^\w-]+", "_", f"{name} {column}")
+        kept = Path(settings.out) / KEPT / f"{slug}.json"
+        saved = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        if saved.get("of") == digest:
+            found[name] = [Reply(**reply) for reply in saved["replies"]]
+            note(f"{column}, {name}: answers reused from {kept}")
             continue
         with tqdm(desc=f"{column}, {name}", unit="q", file=sys.stderr, disable=None) as bar:
             replies = ask(
@@ -95,9 +117,7 @@ def replies_of(
             if same_base:
                 judge(model, tokenizer, items, replies, settings.system)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps([asdict(reply) for reply in replies]), encoding="utf-8")
-        os.replace(partial, kept)
+        write_text(kept, json.dumps({"of": digest, "replies": [asdict(reply) for reply in replies]}))
         found[name] = replies
     return found
 
@@ -148,8 +168,3 @@ def rows_and_samples(
                 sample = {"id": item.id, "group": group_of(item, name), "question": item.question, "model": model}
                 samples.append({**sample, "answer": said, **scored})
     return rows, samples
-
-
-def forget_kept(out: str | Path) -> None:
-    """Remove the replies kept for a run that is now written whole."""
-    shutil.rmtree(Path(out) / KEPT, ignore_errors=True)

@@ -28,12 +28,16 @@ log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
-    """A file of a benchmark: whose questions it holds, how they are asked, where it is, where its shots are."""
+    """A file of a benchmark: whose questions it holds, how they are asked, where it is, where its shots are.
+
+    `words` are the benchmark's own around a question.
+    """
 
     group: str
     kind: str
     path: str
     shots: str = ""
+    words: str = "{}"
 
 
 class Layout(NamedTuple):
@@ -45,6 +49,9 @@ class Layout(NamedTuple):
 
 
 _RWKU = "Target/{part}/"
+# RWKU also puts "Answer:" into the model's mouth; here the model begins its answer itself.
+_CLOZE = "Please complete the blank in the following question.\nQuestion: {}"
+_BRIEF = "Please briefly answer the following question.\nQuestion: {}"
 LAYOUTS = {
     "tofu": Layout(
         "locuslab/TOFU",
@@ -70,11 +77,11 @@ LAYOUTS = {
     "rwku": Layout(
         "jinzhuoran/RWKU",
         (
-            Part("forget, cloze", "qa", f"{_RWKU}forget_level1"),
-            Part("forget, question", "qa", f"{_RWKU}forget_level2"),
-            Part("forget, adversarial", "qa", f"{_RWKU}forget_level3"),
-            Part("neighbours, cloze", "qa", f"{_RWKU}neighbor_level1"),
-            Part("neighbours, question", "qa", f"{_RWKU}neighbor_level2"),
+            Part("forget, cloze", "qa", f"{_RWKU}forget_level1", words=_CLOZE),
+            Part("forget, question", "qa", f"{_RWKU}forget_level2", words=_BRIEF),
+            Part("forget, adversarial", "qa", f"{_RWKU}forget_level3", words=_BRIEF),
+            Part("neighbours, cloze", "qa", f"{_RWKU}neighbor_level1", words=_CLOZE),
+            Part("neighbours, question", "qa", f"{_RWKU}neighbor_level2", words=_BRIEF),
             Part("general", "qa", f"{_RWKU}triviaqa"),
             Part("general", "choice", f"{_RWKU}retain_mmlu"),
         ),
@@ -107,7 +114,7 @@ def load_benchmark(spec: str) -> list[Item]:
     part = part or layout.default
     if name == "muse":  # its repositories are MUSE-News and MUSE-Books
         part = part.capitalize()
-    parts = [Part(p.group, p.kind, p.path.format(part=part), p.shots.format(part=part)) for p in layout.parts]
+    parts = [p._replace(path=p.path.format(part=part), shots=p.shots.format(part=part)) for p in layout.parts]
     folder = _folder(where or layout.repo.format(part=part), parts)
     if name == "mmlu" and (folder / "test").is_dir():
         parts = [Part("general", "choice", f"test/{s}_test", f"dev/{s}_dev") for s in _subjects(folder, part)]
@@ -121,6 +128,7 @@ def load_benchmark(spec: str) -> list[Item]:
             log.warning("%s: no %s in %s, so that part is left out", spec, one.path, folder)
             continue
         rows = read_items(found, one.group, one.kind)
+        rows = [replace(row, question=one.words.format(row.question)) for row in rows]
         items += _with_shots(rows, folder, one) if one.shots else rows
     return items
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import report
-from .benchmark_run import Benchmarks, describe, forget_kept, load_benchmarks, replies_of, rows_and_samples
+from .benchmark_run import Benchmarks, check_prompts, describe, load_benchmarks, replies_of, rows_and_samples
 from .data import Query, check_disjoint, file_hash, load_queries
 from .errors import ConfigError, ModelError, note, run_cli
 from .metrics import FORGET, GENERAL, NEIGHBOURS
@@ -86,7 +86,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in spread]
     contexts = _contexts(settings, forget)
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
-    for folder in (Path(settings.out), Path(settings.out) / KEPT)[: 2 if asked else 1]:
+    for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, settings.out)
     meta = described(settings, {name: len(queries) for name, queries in groups.items()}, [text for _, text in prompts])
     meta["benchmarks"] = describe(benchmarks)
@@ -113,7 +113,6 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         for a, said, scored in zip(asked, column.answers, scores[name], strict=True)
     ]
     write(Path(settings.out), results, [*map(finite, samples + benchmark_samples)])
-    forget_kept(settings.out)
     return results
 
 
@@ -250,6 +249,7 @@ def _columns(
     named = settings.context_name is None
     chosen = [context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked if contexts]
     behind = prompts(chosen) if contexts else []  # before the first answer, so that no fault is found after it
+    check_prompts(tokenizer, benchmarks, contexts, settings, window(folder))
     add(BASE, no_context, plain, [base_hash])
     if contexts:
         add(IN_CONTEXT, chosen, behind, [base_hash])

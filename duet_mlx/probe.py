@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -91,12 +92,8 @@ def ask(
     head, _ = check_head(model, mx.array([prompts[0]]))
     stop = stop_ids(tokenizer)
 
-    def room(item: Item) -> int:
-        longest = max((len(answer_ids(tokenizer, answer)) for answer in item.answers), default=0)
-        return NEW_TOKENS.get(item.kind) or max(max_tokens, longest * 3 // 2)
-
     for rows in _alike(items, ("qa", "knowmem", "verbmem")):
-        limits = [room(items[i]) for i in rows]
+        limits = [room(tokenizer, items[i], max_tokens) for i in rows]
         for batch in decode(model, [prompts[i] for i in rows], limits, stop, batch_size, head):
             for row, ids in zip(batch.rows, batch.tokens, strict=True):
                 reply = replies[rows[row]]
@@ -131,6 +128,14 @@ def ask(
     return replies
 
 
+def room(tokenizer: Any, item: Item, max_tokens: int) -> int:
+    """Most new tokens of an item's answer; 1 where nothing is decoded."""
+    if item.kind in ("choice", "privleak"):
+        return 1
+    longest = max((len(answer_ids(tokenizer, answer)) for answer in item.answers), default=0)
+    return NEW_TOKENS.get(item.kind) or max(max_tokens, longest * 3 // 2)
+
+
 def _alike(items: Sequence[Item], kinds: Sequence[str]) -> Iterator[list[int]]:
     """Indices of the items of these kinds, those of one kind, subject and shots together: their prompts begin alike."""
     parts: dict[tuple[str, str, tuple[Item, ...]], list[int]] = {}
@@ -147,6 +152,7 @@ def answer_ids(tokenizer: Any, text: str) -> list[int]:
     return [*tokenizer.encode(said, add_special_tokens=False), *end_of_turn(tokenizer)]
 
 
+@lru_cache(maxsize=8)
 def end_of_turn(tokenizer: Any) -> list[int]:
     """The token that ends an answer, or [] if there is none: what the template writes behind one, else the EOS.
 

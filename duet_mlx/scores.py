@@ -86,18 +86,29 @@ def rows_of(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Rows of results.json, and by model the group of the reverse prompt under which it recalls most.
 
+    `p` is that of a paired test against the first model on the same questions (benchmark_metrics.paired_p_value).
+
     That group's rows stand once more under `forget, worst reverse`. The worst is chosen by each model's own
     mean, so its interval is that of one prompt and knows nothing of the choice.
     """
+    from .benchmark_metrics import paired_p_value  # here, so that --help need not wait for NumPy
+
     groups = list(dict.fromkeys(a.group for a in asked))
+    members = {group: [i for i, a in enumerate(asked) if a.group == group] for group in groups}
+    first = next(iter(scores), "")
     rows: list[dict[str, Any]] = []
     worst: dict[str, str] = {}
     for model, of_questions in scores.items():
         by_group = {}
         for group in groups:
-            here = [s for a, s in zip(asked, of_questions, strict=True) if a.group == group]
+            here = [of_questions[i] for i in members[group]]
             has_gold = any(a.query.answer for a in asked if a.group == group)
             by_group[group] = [_row(model, group, metric, here, seed, has_gold) for metric in here[0]]
+            if model != first:
+                base = [scores[first][i] for i in members[group]]
+                for row in by_group[group]:
+                    before, after = ([one[row["metric"]] for one in side] for side in (base, here))
+                    row["p"] = paired_p_value(before, after, seed)
             rows += by_group[group]
         reverse = [group for group in groups if group.startswith(f"{FORGET}, reverse")]
         if reverse:

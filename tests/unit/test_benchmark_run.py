@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,10 +110,27 @@ def test_samples_hold_each_question_with_each_models_answer_and_scores(tofu):
     assert {"id", "group", "question", "model", "answer", "rouge_recall", "ratio", "truth_ratio"} <= samples[0].keys()
 
 
-def test_replies_kept_for_a_run_that_is_cut_off_are_gone_when_it_is_written(tofu):
-    assert sorted(path.name for path in tofu.iterdir()) == [
+def test_answers_are_kept_beside_the_results_a_file_a_column(tofu):
+    assert {path.name for path in tofu.iterdir() if path.is_file()} == {
         "results.json", "results.png", "results.svg", "samples.jsonl"
-    ]  # fmt: skip
+    }  # fmt: skip
+    columns = ("base", "base_context", "unlearned", "retrained")
+    assert {path.name for path in (tofu / "answers").iterdir()} == {f"tofu_forget01_{c}.json" for c in columns}
+
+
+@pytest.mark.parametrize(
+    ("question", "message"), [("Who? " * 3000, "exceed the model's window"), ("Who is <end>?", "a control token")]
+)
+def test_a_question_that_cannot_be_asked_is_found_before_the_first_answer(question, message, settings, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Who?"}) + "\n" + json.dumps({"question": question}))
+    config = Path(settings.model) / "config.json"
+    limited = tmp_path / "model"
+    shutil.copytree(settings.model, limited)
+    (limited / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048}))
+    changes = {"model": str(limited), "benchmark": (f"qa:forget@{tmp_path / 'q.jsonl'}",), "adapter_path": None}
+    with pytest.raises(DataError, match=message):
+        ev.evaluate(but(settings, **changes, retrained=None))
+    assert not list((tmp_path / "out" / "answers").iterdir())
 
 
 def test_the_table_and_the_markdown_say_which_way_is_good(tofu):
@@ -149,7 +167,7 @@ def test_a_run_goes_on_with_the_replies_that_it_kept(settings, room, capsys):
     first = benchmark_run.replies_of("base", model, tokenizer, benchmarks, None, settings, ["hash"])
     # Without a model there is nothing to ask: all of it comes from the disk.
     assert benchmark_run.replies_of("base", None, None, benchmarks, None, settings, ["hash"]) == first
-    assert "replies of an earlier run" in capsys.readouterr().err
+    assert "answers reused from" in capsys.readouterr().err
     with pytest.raises(AttributeError):
         benchmark_run.replies_of("base", None, None, benchmarks, None, settings, ["another model"])
     with pytest.raises(AttributeError):

@@ -87,6 +87,9 @@ def test_rwku_gives_its_three_levels_and_its_neighbours_each_question_once(caplo
     }
     assert "3 row(s) that stand there twice" in caplog.text
     assert {"cloze", "simple question", "role play"} <= {item.subject for item in items}
+    cloze, last = items[0].question, items[-1].question
+    assert cloze.startswith("Please complete the blank in the following question.\nQuestion: Confucius")
+    assert last.startswith("Please briefly answer the following question.\nQuestion: ")
     alone = load_benchmark(f"rwku@{DATA / 'rwku' / 'Target'}")
     assert [item.question for item in alone] == [item.question for item in items]
 

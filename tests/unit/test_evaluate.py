@@ -115,7 +115,8 @@ def test_a_whole_run_leaves_the_three_files_with_every_model_group_and_metric(se
     groups = ["forget", "general", "neighbours", *reverse]
     assert seen == {(model, group) for model in ("base", "base + context", "unlearned") for group in groups}
     for row in saved["rows"]:
-        assert row.keys() - {"reason"} == {"model", "group", "metric", "value", "ci", "n", "direction"}
+        assert row.keys() - {"reason", "p"} == {"model", "group", "metric", "value", "ci", "n", "direction"}
+        assert ("p" in row) == (row["model"] != "base")
         assert (row["value"] is None) == ("reason" in row)
         assert row["value"] is None or 0 <= row["value"] <= 1
         assert row["metric"] != "probability" or row["group"] not in reverse
@@ -534,3 +535,11 @@ def test_the_command_prints_the_table_and_ends_with_2_on_bad_input(settings, tmp
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and again.stderr.startswith("error: --out")
     assert "Traceback" not in again.stderr
+
+
+def test_a_models_rows_have_the_p_value_of_a_paired_test_against_the_base():
+    asked = [Asked("forget", Query(str(i), "Who?", "forget")) for i in range(6)]
+    scores = {"base": [{"recall": 1.0}] * 6, "unlearned": [{"recall": 0.0}] * 5 + [{"recall": None}]}
+    rows, _ = rows_of(asked, scores, seed=0)
+    # Five differences of one sign: 2 of the 32 patterns are as far from zero.
+    assert [row.get("p") for row in rows] == [None, 2 / 32]
