@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from duet_mlx.compare import choose
 from duet_mlx.compare_grid import CompareSettings, all_trials
+from duet_mlx.evaluate import EvaluateSettings
 from duet_mlx.methods import METHODS
 from duet_mlx.report import load_results
 from duet_mlx.settings import parse
@@ -76,6 +78,23 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     again = command("compare", "-c", config)
     assert again.code == 0 and again.out.strip() == table.strip()
     assert adapters == {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
+
+
+def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, monkeypatch):
+    """Runs and evaluations are told here: what is tried is the choice."""
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", str(comparison({"npo": {"beta": [1, 2, 3, 4]}}))])
+    grids, _ = all_trials(settings)
+    recall = {1: 0.5, 2: 0.2, 3: 0.2, 4: 0.9}
+
+    def told(trial, asked, name):
+        figures = {"base": 1.0, "unlearned": recall[trial.values["beta"]]}
+        return [{"model": m, "group": "forget", "metric": "recall", "value": v} for m, v in figures.items()]
+
+    monkeypatch.setattr("duet_mlx.compare.run", lambda trial: "diverged" if trial.values["beta"] == 4 else "")
+    monkeypatch.setattr("duet_mlx.compare.evaluated", told)
+    [chosen], [failed], tried = choose(grids, EvaluateSettings())
+    assert chosen.values == {"beta": 2} and failed["values"] == {"beta": 4}
+    assert [round(value) for value in tried["npo"].values()] == [50, 80, 80]
 
 
 def test_a_run_can_be_repeated_by_its_own_config_to_the_same_bytes(command, comparison, tmp_path):

@@ -17,8 +17,9 @@ from duet_mlx import generate
 from duet_mlx.context import Context, render
 from duet_mlx.data import Query
 from duet_mlx.head import check_head
-from duet_mlx.labels import targets_of
+from duet_mlx.labels import refusal_of, refusals_of, targets_of
 from duet_mlx.methods import METHODS, method_loss
+from duet_mlx.probe import answer_ids
 from duet_mlx.stream import Stream
 from duet_mlx.train import TrainSettings, run_lower
 from tests.equivalence.test_invariants import TOKENIZER, UPPER
@@ -123,3 +124,22 @@ def test_rmus_retain_term_starts_at_zero_and_its_forget_term_does_not() -> None:
 def test_a_weight_of_zero_leaves_the_retain_questions_out() -> None:
     _, (forget, retain) = started("ga")
     assert forget < 0 and retain == 0
+
+
+def test_a_refusal_stands_beside_the_answer_to_its_own_question() -> None:
+    settings = settings_of("idkdpo")
+    queries = [Query(f"f{i}", text, "forget") for i, text in enumerate(["Who a?", "b?", "ccc?"])]
+    queries.insert(1, Query("r0", "o?", "retain"))
+    model, prompts = UPPER[mx.float32, True], [render(TOKENIZER, query.question) for query in queries]
+    targets = targets_of(model, TOKENIZER, queries, CONTEXTS, settings, check_head(model, mx.array([[1, 2, 3]]))[0])
+    batch = Stream(prompts, targets, 0, [0, 2, 3]).batch(np.array([3, 0, 1]))
+    assert batch.forget == 2
+    asked = [3, 0, 3, 0, 1]  # answers to two forget questions, refusals of the same, and what is kept
+    refusals = refusals_of(settings)
+    for row, index in enumerate(asked):
+        words = batch.tokens[row].tolist()
+        assert words[: len(prompts[index])] == prompts[index]
+        if row in (2, 3):
+            labels = batch.ids[row, :, 0].tolist()
+            expected = answer_ids(TOKENIZER, refusal_of(queries[index], refusals))
+            assert labels[: len(expected)] == expected
