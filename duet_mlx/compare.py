@@ -24,10 +24,11 @@ from .compare_table import TRAINED, Result, shift, table_of
 from .data import file_hash
 from .errors import ConfigError, DivergedError, TrainingError, run_cli
 from .evaluate import BASE, IN_CONTEXT, UNLEARNED, EvaluateSettings, evaluate
-from .methods import METHODS
+from .methods import METHODS, states_of
 from .metrics import FORGET
 from .result_files import KEPT
 from .settings import parse, require
+from .train import TrainSettings
 
 
 def main() -> None:
@@ -114,13 +115,15 @@ def _lend_targets(trial: Trial) -> None:
     if (mine / "targets.safetensors").is_file():
         return
 
-    def kind(name: str) -> tuple[str, bool]:
-        return METHODS[name].labels, METHODS[name].frozen in ("logits", "layer", "candidates")
+    def kind(settings: TrainSettings) -> tuple[str, str]:
+        return METHODS[settings.method].labels, states_of(settings)
 
     for config in sorted(
         _runs(trial).glob("**/adapters/adapter_config.json"), key=lambda p: p.stat().st_mtime, reverse=True
     ):
-        if kind(_json(config)["settings"]["method"]) == kind(trial.settings.method):
+        saved = _json(config)["settings"]
+        other = replace(TrainSettings(), method=saved["method"], retain_loss=saved["retain_loss"])
+        if kind(other) == kind(trial.settings):
             mine.mkdir(parents=True, exist_ok=True)
             for file in config.parent.glob("*targets.safetensors"):
                 shutil.copy(file, mine / file.name)

@@ -18,7 +18,7 @@ import numpy as np
 from .context import Context, check_fits, render
 from .data import Query
 from .errors import ConfigError, DataError
-from .methods import METHODS, Method, parameters
+from .methods import METHODS, Method, parameters, states_of
 from .teacher import Targets, context_of, forced_logits, teacher_targets
 
 if TYPE_CHECKING:
@@ -79,12 +79,15 @@ def check_method(settings: TrainSettings, model: nn.Module, head: nn.Module | No
     from .lower import find_stack
 
     method = METHODS[settings.method]
-    if method.frozen == "logits" and head is None:
+    if states_of(settings) == "head" and head is None:
+        retain = "" if method.frozen == "logits" else " with --retain-loss kl"
         raise ConfigError(
-            f"--method {settings.method}: compares all logits, by way of a head that can be called apart; "
+            f"--method {settings.method}{retain}: compares all logits, by way of a head that can be called apart; "
             "this model or its LoRA allows none (see the note above)"
         )
     if method.frozen == "layer":
+        if settings.retain_loss == "kl":
+            raise ConfigError(f"--retain-loss kl: --method {settings.method} has a retain term of its own")
         layer, count = parameters(settings)["layer"], len(model.layers)
         first = 0 if settings.num_layers == -1 else count - settings.num_layers
         if find_stack(model) is None:
@@ -106,8 +109,8 @@ def asked_of(queries: Sequence[Query], settings: TrainSettings) -> dict[str, Any
     else:
         names = ("answers", "answer_tokens")
     asked: dict[str, Any] = {"labels": method.labels, **{name: getattr(settings, name) for name in names}}
-    if method.frozen in ("logits", "layer"):
-        asked["states"] = parameters(settings).get("layer", "head")
+    if states := states_of(settings):
+        asked["states"] = parameters(settings)["layer"] if states == "layer" else states
     if method.labels in ("refusals", "both"):
         asked["refusals"] = refusals_of(settings)
     if method.labels != "teacher" and settings.answers == "gold":
@@ -200,7 +203,7 @@ def answer_targets(
         answers = Answers(logits, mx.array(ids[rows, :, 0]), mx.array(mask[rows]))
         log_probs[rows, :, 0] = np.array(token_log_probs(answers))
     targets = Targets(ids, log_probs, mask[..., None], mask, continuation)
-    if method.frozen in ("logits", "layer"):
+    if states_of(settings):
         states = frozen_states(model, prompts, [words[:-1] for words in labels], n, settings, head)
         targets = targets._replace(states=states)
     return targets
@@ -241,7 +244,7 @@ def frozen_states(
     def of_layer(model, tokens: mx.array, positions: mx.array, cache, head) -> mx.array:
         return layer_output(model, parameters(settings)["layer"], tokens, positions, cache)
 
-    read = states_at if METHODS[settings.method].frozen == "logits" else of_layer
+    read = of_layer if states_of(settings) == "layer" else states_at
     states: np.ndarray | None = None
     for rows, values in forced_logits(model, prompts, words, n, head, read=read):
         part = np.array(values)

@@ -152,6 +152,15 @@ def parameters(settings: TrainSettings) -> dict[str, Any]:
     return numbers
 
 
+def states_of(settings: TrainSettings) -> str:
+    """Which hidden states of the frozen model the loss reads: those that enter its head, a layer's, or ""."""
+    method = METHODS[settings.method]
+    if method.frozen == "layer":
+        return "layer"
+    retain_kl = settings.retain_loss == "kl" and method.labels != "teacher"
+    return "head" if method.frozen == "logits" or retain_kl else ""
+
+
 def reads_retain(settings: TrainSettings) -> bool:
     """Whether retain questions enter the loss."""
     return parameters(settings).get("alpha", 1.0) > 0
@@ -176,6 +185,10 @@ def method_loss(
     from . import baselines
 
     method, numbers = METHODS[settings.method], parameters(settings)
+    if settings.retain_loss == "kl" and method.frozen != "layer":
+        method = method._replace(
+            retain=lambda losses, r: losses.full_vocabulary_kl(r.student, r.base, r.batch.position_mask)
+        )
     gamma, alpha = numbers.pop("gamma", 1.0), numbers.pop("alpha", 1.0)
 
     def loss(model: nn.Module, batch: Batch) -> tuple[mx.array, int]:
@@ -229,8 +242,7 @@ def reading(
             states = layer_output(model, inside, batch.tokens, batch.positions, cache)
             return Reading(states, batch.states, batch)
         ids = batch.ids if method.frozen == "candidates" else None
-        beside = batch.states if method.frozen == "logits" else None
-        logits = logits_at(model, batch.tokens, batch.positions, ids, cache, head, beside)
+        logits = logits_at(model, batch.tokens, batch.positions, ids, cache, head, batch.states)
     n = batch.positions.shape[1]
     # The frozen model's states go through the same head as the student's, so one product serves both.
-    return Reading(logits[:, :n], None if beside is None else mx.stop_gradient(logits[:, n:]), batch)
+    return Reading(logits[:, :n], None if batch.states is None else mx.stop_gradient(logits[:, n:]), batch)

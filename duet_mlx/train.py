@@ -65,6 +65,7 @@ class TrainSettings:
     recipe: str = setting("default", "paper: what the paper fixes; default: what we measured", tuple(RECIPES))
     method: str = setting("duet", "training method", tuple(METHODS))
     method_parameters: dict = setting({}, "numbers of a baseline, as NAME=NUMBER: methods.py has names and defaults")
+    retain_loss: str = setting("nll", "retain term of baselines: NLL of the answer, or KL to the base", ("nll", "kl"))
     answers: str = setting("base", "what baselines train on: the base's own answers, or the files'", ("base", "gold"))
     answer_tokens: int = setting(32, "longest answer of the base's own to train on: as long as is evaluated")
     refusals: str | None = setting(None, "text file, one refusal a line, for refusal, idkdpo, flat; else ready ones")

@@ -49,6 +49,18 @@ def test_the_bases_answers_are_read_once_for_all_methods_that_train_on_them(comm
         assert "targets: built now (settings changed" in said, said
 
 
+def test_retention_by_kl_reads_the_bases_states_once(command, quick, tmp_path):
+    flags = [*answered(quick), "--method", "simnpo", "--retain-loss", "kl"]
+    ended = command("train", *flags)
+    assert ended.code == 0, ended.err
+    import mlx.core as mx
+
+    targets = mx.load(str(tmp_path / "adapters" / "targets.safetensors"))
+    assert targets["states"].shape == (*targets["position_mask"].shape, 64)
+    said = command("train", *flags, "--overwrite", "--method", "graddiff").out
+    assert "targets: reused" in said
+
+
 def test_gold_answers_are_those_of_the_files(command, quick, tmp_path):
     flags = list(quick)
     for role in ("forget", "retain"):
@@ -87,6 +99,7 @@ REFUSED = {
     "RMU without its layer": (["--method", "rmu"], ("rmu", "layer=7")),
     "RMU above the last layer but one": (["--method", "rmu", "--method-parameters", "layer=1"], ("layer 1", "0 to 0")),
     "RMU below the adapted layers": (["--method", "rmu", *RMU, "--num-layers", "1"], ("layer 0", "--num-layers")),
+    "RMU with another retain term": (["--method", "rmu", *RMU, "--retain-loss", "kl"], ("--retain-loss kl", "its own")),
     "gold answers that are missing": (["--method", "npo", "--answers", "gold"], ("forget.jsonl:1", "--answers base")),
     "no such file of refusals": (["--method", "flat", "--refusals", "missing.txt"], ("missing.txt", "o such file")),
     "an answer of no token": (["--method", "npo", "--answer-tokens", "0"], ("--answer-tokens 0", "1 or more")),

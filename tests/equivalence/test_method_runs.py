@@ -33,7 +33,7 @@ from duet_mlx.labels import gold_answer, refusal_of, refusals_of, targets_of
 from duet_mlx.methods import method_loss, parameters, reads_retain
 from duet_mlx.probe import answer_ids
 from duet_mlx.stream import Stream
-from duet_mlx.train import Prepared, make_optimizer, make_step, train
+from duet_mlx.train import Prepared, TrainSettings, make_optimizer, make_step, train
 from reference import adam, duet, lora, unlearn
 from reference import baselines as ref
 from reference.teacher import context_of
@@ -49,6 +49,7 @@ few = hypothesis.settings(
 METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defaults, where they are not told
     "graddiff": {"gamma": 0.7, "alpha": 1.3},
     "npo": {"beta": 0.4},
+    "npo, retain kl": {"beta": 0.4, "alpha": 2.0},
     "simnpo": {"margin": 0.5},
     "idkdpo": {},
     "flat": {"alpha": 0.5},
@@ -57,6 +58,12 @@ METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defa
     "rmu": {"layer": 0, "c": 2.0, "alpha": 3.0},
     "kl": {},
 }
+
+
+def settings_of(run: Run, name: str, **more: Any) -> TrainSettings:
+    """The run's settings for a method of this name."""
+    method, _, retain = name.partition(", retain ")
+    return replace(run.settings, method=method, method_parameters=METHODS[name], retain_loss=retain or "nll", **more)
 
 
 def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Labelled], unlearn.Loss]]:
@@ -104,8 +111,13 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
         sides, of_forget = losses[name]
         count = len(sides)
 
+        def retain(a: ref.Answers) -> tuple[Any, ...]:
+            if run.settings.retain_loss == "nll":
+                return ref.mean_nll(a)
+            return ref.full_vocabulary_kl(a.logits, unlearn.read(base, side(answers, kept))[0].logits, a.mask)
+
         def total(*read: ref.Answers) -> tuple[Any, ...]:
-            of_kept = ref.mean_nll(read[count]) if kept else (np.zeros(1),)
+            of_kept = retain(read[count]) if kept else (np.zeros(1),)
             return ref.weighted_total(of_forget(*read[:count]), of_kept, gamma, alpha)
 
         return [*sides, *([side(answers, kept)] if kept else [])], total
@@ -136,7 +148,7 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
 @given(run=runs())
 @few
 def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
-    settings = replace(run.settings, method=method, method_parameters=METHODS[method], answer_tokens=4)
+    settings = settings_of(run, method, answer_tokens=4)
     if method == "rmu":  # its layer must be an adapted one
         settings = replace(settings, num_layers=-1)
     run = run._replace(settings=settings)
@@ -186,7 +198,7 @@ def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
 @few
 def test_steps_in_float32_are_the_references_within_rounding(method: str, run: Run, seed: int) -> None:
     Noisy.rng = np.random.default_rng(seed)
-    settings = replace(run.settings, method=method, method_parameters=METHODS[method], answers="gold", num_layers=-1)
+    settings = settings_of(run, method, answers="gold", num_layers=-1)
     answered = [replace(query, answer=("Who", "a b", "?")[i % 3]) for i, query in enumerate(run.queries)]
     run = run._replace(settings=settings, queries=answered)
     student, prompts = run.student(), run.prompts()
