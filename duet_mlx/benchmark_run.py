@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .benchmarks import load_benchmark
-from .checkpoint import write_text
 from .context import DATE, Context, check_fits
 from .errors import ConfigError, note
+from .files import write_text
 from .items import Item
 from .kept_answers import code_hash
 from .result_files import KEPT

@@ -1,166 +1,143 @@
-"""The adapter folder: mlx-lm's two files, and what it takes to go on from them. Nothing is half written."""
+"""What a run leaves behind: mlx-lm's two files, and beside them what it takes to go on (resume.py)."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .data import file_hash
-from .errors import ConfigError, TrainingError
+from .files import write_files
 
 if TYPE_CHECKING:
-    from .train import Prepared, TrainSettings
+    from .train_settings import TrainSettings
 
 
-def folder_for_adapter(settings: TrainSettings) -> Path:
-    """The adapter folder, made if need be. Raises ConfigError if it holds an adapter and nothing allows its loss."""
-    path = Path(settings.adapter_path)
-    resumed = settings.resume_adapter_file and Path(settings.resume_adapter_file).resolve().parent == path.resolve()
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--adapter-path {path}: is a file, expected a folder")
-    foreign = (
-        []
-        if not path.is_dir()
-        else sorted(
-            entry.name
-            for entry in path.iterdir()  # names with a dot in front: what Finder leaves, or a write that was cut off
-            if not entry.name.endswith("targets.safetensors") and not entry.name.startswith(".")
-        )
-    )
-    if foreign and not settings.overwrite and not resumed:
-        adapter = path / "adapters.safetensors"
-        resume = f", or go on from it with --resume-adapter-file {adapter}" if adapter.is_file() else ""
-        raise ConfigError(
-            f"--adapter-path {path}: not empty (holds {foreign[0]}); choose another folder, pass --overwrite to "
-            f"write into it{resume}"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()  # better known now than after the teacher was read
-    except OSError as error:
-        raise ConfigError(f"--adapter-path {path}: cannot be written to ({error.strerror})") from error
-    return path
+class State(NamedTuple):
+    """A run between two updates. The arrays are never changed in place: keeping them keeps what they were."""
 
+    step: int
+    adapter: dict[str, Any]
+    optimizer: dict[str, Any]
+    random: Any  # MLX's random state, [2] uint32: LoRA's dropout draws from it
 
-class Checkpoint:
-    """Saving and resuming: mlx-lm's two files, and beside them the optimizer, the random state and the step."""
-
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self.path, self.config = path, config
-
-    def save(self, model, optimizer, step: int, copy: bool = False) -> None:
-        """Write the adapter whole or not at all; `copy` keeps a numbered one too, as mlx-lm does."""
+    @classmethod
+    def of(cls, model, optimizer, step: int) -> State:
+        """The state after `step` steps."""
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
         from .model import adapter_parameters
 
-        weights = adapter_parameters(model)
-        _write(self.path / "adapters.safetensors", weights)
-        if copy:
-            _write(self.path / f"{step:07d}_adapters.safetensors", weights)
-        state = {**dict(tree_flatten(optimizer.state)), "random_state": mx.random.state[0]}  # LoRA's dropout draws
-        _write(self.path / "optimizer.safetensors", state, {"step": str(step)})
-        write_text(self.path / "adapter_config.json", json.dumps({**self.config, "step": step}, indent=2) + "\n")
+        return cls(step, adapter_parameters(model), dict(tree_flatten(optimizer.state)), mx.random.state[0])
 
-    def resume(self, model, optimizer, file: str) -> int:
-        """Load adapter, optimizer and step from beside `file`; the step to go on from.
-
-        Raises:
-            ConfigError: files missing, or of another LoRA.
-        """
+    def restore(self, model, optimizer) -> None:
+        """Put the state into model, optimizer and MLX's generator."""
         import mlx.core as mx
         from mlx.utils import tree_unflatten
 
-        from .model import adapter_parameters
-
-        try:
-            weights = mx.load(file)
-            mx.eval(weights)
-            state, meta = mx.load(str(Path(file).with_name("optimizer.safetensors")), return_metadata=True)
-            mx.eval(state)
-            step, _ = int(meta["step"]), state["random_state"]
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"--resume-adapter-file {file}: cannot be read ({error})") from error
-        except KeyError as error:
-            raise ConfigError(
-                f"--resume-adapter-file {file}: the optimizer.safetensors beside it holds no {error}"
-            ) from error
-        mine = adapter_parameters(model)
-        odd = sorted(
-            name for name in mine.keys() | weights.keys()
-            if name not in mine or name not in weights or mine[name].shape != weights[name].shape
-        )  # fmt: skip
-        if odd:
-            raise ConfigError(f"--resume-adapter-file {file}: {odd[0]} does not fit this model and LoRA")
-        beside = Path(file).with_name("adapter_config.json")
-        saved = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        trained_on, here = ((config.get("targets") or {}).get("model") for config in (saved, self.config))
-        # Hashes alone differ between a GPU and a CPU too (evaluate.py): other weights under another name are refused.
-        other, name = (Path(str(c.get("model"))).name.removesuffix("-fp32") for c in (saved, self.config))
-        if trained_on not in (None, here) and other != name:
-            raise ConfigError(f"--resume-adapter-file {file}: made for another model ({saved.get('model')})")
-        model.load_weights(list(weights.items()), strict=False)
-        high, low = state.pop("random_state").tolist()  # MLX sets its state by a seed of 64 bits alone
+        model.load_weights(list(self.adapter.items()), strict=False)
+        optimizer.state = tree_unflatten(list(self.optimizer.items()))
+        high, low = self.random.tolist()  # MLX sets its state by a seed of 64 bits alone
         mx.random.seed(high << 32 | low)
-        optimizer.state = tree_unflatten(list(state.items()))
-        return step
+
+    def is_finite(self) -> bool:
+        """Whether every number of the adapter is."""
+        import mlx.core as mx
+
+        return all(mx.isfinite(array).all().item() for array in self.adapter.values())
 
 
-def _write(path: Path, arrays: dict, metadata: dict[str, str] | None = None) -> None:
-    import mlx.core as mx
+class Checkpoint:
+    """The last two states of a run, and the adapter folder that they are saved in.
 
-    partial = path.with_name(f".{path.stem}.partial.safetensors")
-    try:
-        mx.save_safetensors(str(partial), arrays, metadata or {})
-        os.replace(partial, path)
-    except (RuntimeError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise TrainingError(f"{path}: cannot be written ({error}); what was there before is untouched") from error
+    Attributes:
+        now: after the last update.  before: after the one before it, whose loss has been seen since.
+        saved: the step of what lies in the folder; None as long as it is not of this run.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], model, optimizer, start: State, same_folder: bool = False):
+        self.path, self.config, self.model, self.optimizer = path, config, model, optimizer
+        self.now = self.before = start
+        self.start = start.step
+        self.saved = start.step if same_folder else None
+        # --overwrite allows the loss of another run's numbered copies, once there is something in their place.
+        self.stale = [] if same_folder else sorted(path.glob("[0-9]*_adapters.safetensors"))
+
+    def updated(self, step: int) -> None:
+        """Note the state after an update, which step `step` has completed."""
+        self.before, self.now = self.now, State.of(self.model, self.optimizer, step)
+
+    def save(self, copy: bool = False) -> None:
+        """Write the state, all of its files or none; `copy` keeps a numbered adapter too, as mlx-lm does.
+
+        The optimizer's file names the adapter that it belongs to and comes first, the adapter itself last.
+        """
+        import mlx.core as mx
+
+        from .model import arrays_hash
+
+        now = self.now
+        # Sorted: MLX writes in an order that hangs on the dictionary's, and a state that was loaded has another one.
+        optimizer = {**dict(sorted(now.optimizer.items())), "random_state": now.random}
+        described = {"step": str(now.step), "adapter": arrays_hash(now.adapter)}
+        config = json.dumps({**self.config, "step": now.step}, indent=2) + "\n"
+        adapters = [f"{now.step:07d}_adapters.safetensors"] * copy + ["adapters.safetensors"]
+        write_files(
+            self.path,
+            {
+                "optimizer.safetensors": lambda file: mx.save_safetensors(str(file), optimizer, described),
+                "adapter_config.json": lambda file: file.write_text(config, encoding="utf-8"),
+                **{name: lambda file: mx.save_safetensors(str(file), now.adapter) for name in adapters},
+            },
+        )
+        self.saved = now.step
+        stale, self.stale = [old for old in self.stale if old.name not in adapters], []
+        for old in stale:
+            old.unlink(missing_ok=True)
+        if stale:
+            print(f"overwritten: {', '.join(old.name for old in stale)} of the run before, removed from {self.path}")
+
+    def go_back(self, to: State) -> None:
+        """Save `to`, the last good state, in place of what came after it."""
+        self.now = self.before = to
+        self.save()
+
+    def save_reached(self) -> str:
+        """Save the last state that is finite, if it is not on the disk; what to tell a person of it."""
+        if not self.now.is_finite():
+            self.now = self.before
+        if self.now.step > max(self.saved or 0, self.start):
+            self.save()
+        if self.saved is None:
+            return f"stopped before the first update was done; nothing of it is in {self.path}"
+        file = self.path / "adapters.safetensors"
+        return f"stopped at step {self.saved}; saved. To go on: the same command with --resume-adapter-file {file}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TrainingError(
-            f"{path}: cannot be written ({error.strerror}); what was there before is untouched"
-        ) from error
+def adapter_config(
+    settings: TrainSettings, folder: Path, manifest: dict[str, str], keys: list[str], layers: int
+) -> dict[str, Any]:
+    """What mlx-lm reads of an adapter, and beside it everything that made it.
 
-
-def append_text(path: Path, text: str) -> None:
-    """Add to a file."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:  # a write that fails does not name its file
-        raise TrainingError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def adapter_config(settings: TrainSettings, prepared: Prepared, keys: list[str], layers: int) -> dict[str, Any]:
-    """What mlx-lm reads of an adapter, and beside it everything that made it."""
+    Args:
+        folder: the base's.  manifest: what the targets hang on (teacher.py).  keys, layers: what LoRA adapts.
+    """
     import mlx.core as mx
     import mlx_lm
 
     files = [*settings.forget, *settings.retain, *settings.neighbours]
     return {
         "fine_tune_type": "lora",
-        "model": str(prepared.folder),
+        "model": str(folder),
         "num_layers": layers,
         "lora_parameters": {**settings.lora_parameters, "keys": keys},
         "settings": asdict(settings),
         "data_hashes": {file: file_hash(file) for file in files},
-        "targets": prepared.manifest,
+        "targets": manifest,
         "versions": {
             "duet_mlx": __version__,
             "mlx": mx.__version__,

@@ -18,12 +18,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_text
 from .compare_grid import CompareSettings, Trial, all_trials, other_seed
 from .compare_table import TRAINED, Result, shift, table_of
 from .data import file_hash
 from .errors import ConfigError, DivergedError, TrainingError, run_cli
 from .evaluate import BASE, IN_CONTEXT, UNLEARNED, EvaluateSettings, evaluate
+from .files import write_text
 from .methods import METHODS, states_of
 from .metrics import FORGET
 from .result_files import KEPT

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import write_text
 from .errors import ConfigError, nearest
+from .files import write_text
 from .methods import METHODS
 from .settings import read_yaml, setting
 from .train import TrainSettings, parse_settings

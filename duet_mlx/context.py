@@ -127,12 +127,19 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return _frame(tokenizer, None).encode(text)
 
 
-def check_fits(place: str, question: str, tokens: int, n: int, name: str, limit: int) -> None:
+def check_fits(
+    place: str,
+    question: str,
+    tokens: int,
+    n: int,
+    name: str,
+    limit: int,
+    way_out: str = "shorten or drop the question",
+) -> None:
     """Raise DataError if a prompt of so many tokens and n positions of its answer exceed the limit of this name."""
     if tokens + n - 1 > limit:  # the last token of an answer is never read
         raise DataError(
-            f"{place}: {tokens} tokens and {n} positions exceed {name} of {limit}: {question[:60]!r}…; "
-            "shorten or drop the question"
+            f"{place}: {tokens} tokens and {n} positions exceed {name} of {limit}: {question[:60]!r}…; {way_out}"
         )
 
 

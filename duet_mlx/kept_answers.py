@@ -13,8 +13,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import append_text, write_text
 from .errors import note
+from .files import append_text, write_text
 
 
 class Unit(NamedTuple):

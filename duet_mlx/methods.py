@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ConfigError, nearest
+from .settings import number
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -137,7 +138,8 @@ def parameters(settings: TrainSettings) -> dict[str, Any]:
         if key not in defaults:
             has = f"{name} has {', '.join(defaults)}" if defaults else f"{name} has none"
             raise ConfigError(f"method_parameters: unknown name {key!r}{nearest(str(key), list(defaults))}; {has}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        found = None if isinstance(value, str) else number(value)
+        if found is None or not math.isfinite(found):
             raise ConfigError(f"method_parameters {key}: expected a number, found {value!r}")
         if value < 0 or (key == "beta" and value == 0):
             raise ConfigError(f"method_parameters {key}: expected {'more than' if key == 'beta' else 'at least'} 0")

@@ -99,7 +99,7 @@ def load_model(
             tokenizer_config={"trust_remote_code": trust_remote_code},
             trust_remote_code=trust_remote_code,
         )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # two libraries and the model's own code may raise anything
         raise ModelError(f"--model {name}: cannot be loaded from {folder}: {_short(error)}") from error
     if widened:
         # MLX's quantized product is a scalar loop on CPU, and half floats are slower still; the numbers are the same.
@@ -131,7 +131,8 @@ def window(folder: Path) -> int:
     """How many tokens the model of this folder was made to read at once; without a word of it, no limit."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config") or {}
-    return config.get("max_position_embeddings") or text.get("max_position_embeddings") or sys.maxsize
+    found = config.get("max_position_embeddings") or text.get("max_position_embeddings")
+    return found if isinstance(found, int) else sys.maxsize
 
 
 def apply_adapter(model: nn.Module, adapter_path: str | Path) -> dict[str, Any]:
@@ -234,26 +235,38 @@ def lora_keys(model: nn.Module, wanted: Sequence[str] | None = None) -> list[str
     return list(wanted)
 
 
+def check_lora(model: nn.Module, num_layers: int, rank: int) -> None:
+    """Raise ModelError for more layers than there are, or a rank beyond what any matrix of them can have."""
+    if num_layers > len(model.layers) or num_layers < -1 or num_layers == 0:
+        raise ModelError(f"--num-layers {num_layers}: the model has {len(model.layers)} (-1: all)")
+    largest = max(max(array.shape) for layer in model.layers for _, array in tree_flatten(layer.parameters()))
+    if rank > largest:
+        raise ModelError(f"lora_parameters rank: {rank}, but no side of the model's matrices is above {largest}")
+
+
 def add_lora(model: nn.Module, num_layers: int, rank: int, scale: float, dropout: float, keys: Sequence[str]) -> None:
     """LoRA by mlx-lm's own layers on the last `num_layers` (-1: all), the rest frozen.
 
     Raises:
-        ModelError: more layers asked for than there are.
+        ModelError: as `check_lora`.
     """
-    if num_layers > len(model.layers) or num_layers < -1 or num_layers == 0:
-        raise ModelError(f"--num-layers {num_layers}: the model has {len(model.layers)} (-1: all)")
+    check_lora(model, num_layers, rank)
     model.freeze()
     linear_to_lora_layers(model, num_layers, {"rank": rank, "scale": scale, "dropout": dropout, "keys": set(keys)})
 
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of the frozen base in memory, by name and value, LoRA left out: the same before and after training."""
+    lora = adapter_parameters(model)
+    base = {name: array for name, array in tree_flatten(model.parameters()) if name not in lora}
+    # LoRA wraps a module as `<name>.linear`, an embedding as `<name>.embedding`.
+    return arrays_hash({k.replace(".linear.", ".").replace(".embedding.", "."): v for k, v in base.items()})
+
+
+def arrays_hash(arrays: dict[str, mx.array]) -> str:
+    """SHA-256 of arrays by name, shape, type and value."""
     digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
-        if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b"):
-            continue
-        # LoRA wraps a module as `<name>.linear`, an embedding as `<name>.embedding`.
-        name = name.replace(".linear.", ".").replace(".embedding.", ".")
+    for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(memoryview(mx.contiguous(array).view(mx.uint8)))
     return digest.hexdigest()

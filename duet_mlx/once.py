@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import ConfigError
+from .resume import load_state
 from .train import TrainSettings, prepare, train
 
 # Settings that say how a run is watched and kept, not what comes out of it.
@@ -22,7 +24,8 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
     if not (folder / "adapters.safetensors").is_file():
         return None
     try:
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
     except (OSError, ValueError):
         return {}
 
@@ -42,6 +45,17 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def going_on(settings: TrainSettings, folder: Path) -> TrainSettings:
+    """The settings that go on with the adapter of a folder; if it cannot be gone on with, it is set aside."""
+    file = str(folder / "adapters.safetensors")
+    try:
+        load_state(file)
+    except ConfigError as error:
+        print(f"{error}: the earlier adapter is kept in {set_aside(folder)}")
+        return settings
+    return replace(settings, resume_adapter_file=file)
+
+
 def train_once(settings: TrainSettings) -> None:
     """Keep, resume, or set aside and train."""
     folder = Path(settings.adapter_path)
@@ -57,5 +71,5 @@ def train_once(settings: TrainSettings) -> None:
             print(f"adapter: {folder} is complete and of these settings and questions; nothing to train")
             return
         else:
-            settings = replace(settings, resume_adapter_file=str(folder / "adapters.safetensors"))
+            settings = going_on(settings, folder)
     train(settings, prepared)

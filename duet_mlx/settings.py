@@ -105,7 +105,7 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, written = text.partition("=")
     try:
         value = yaml.safe_load(written)
-    except yaml.YAMLError:
+    except Exception:  # as in read_yaml
         equals = ""
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -124,9 +124,21 @@ def read_yaml(file: str) -> dict[str, Any]:
         raise ConfigError(f"-c {file}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"-c {file}: not YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a date of month 13, `!!int x`, `!!bool x`, brackets without end: each its own kind
+        raise ConfigError(f"-c {file}: holds a value that YAML cannot read ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"-c {file}: expected `key: value` lines, found {type(content).__name__}")
     return content
+
+
+def number(value: Any) -> float | None:
+    """The value as a number, also where YAML reads one as text (1e-4); None if it is none, or beyond all floats."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    return None
 
 
 def _checked(name: str, value: Any, spec: Field, kind: Any) -> Any:
@@ -145,11 +157,10 @@ def _checked(name: str, value: Any, spec: Field, kind: Any) -> Any:
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
-    elif plain is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+    elif plain is float:
+        if (as_float := number(value)) is not None:
+            return as_float
     elif isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{name}: expected {plain.__name__}, found {value!r}")
+    found = repr(value)
+    raise ConfigError(f"{name}: expected {plain.__name__}, found {found if len(found) <= 60 else found[:57] + '…'}")

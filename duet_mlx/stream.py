@@ -12,7 +12,7 @@ from .teacher import Targets
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from .train import TrainSettings
+    from .train_settings import TrainSettings
 
 WIDTHS = 4  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
 

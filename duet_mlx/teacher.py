@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,13 +19,14 @@ from . import __version__
 from .context import DATE, Context, check_fits, check_renders, render
 from .data import Query
 from .errors import ConfigError, ContextError, TrainingError, run_cli
+from .files import write_files
 from .methods import METHODS
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from .train import TrainSettings
+    from .train_settings import TrainSettings
 
 
 class Targets(NamedTuple):
@@ -244,33 +245,30 @@ def manifest(
 
 def save_targets(path: Path, targets: Targets, described: dict[str, str]) -> None:
     """Write targets and manifest as one safetensors file, whole or not at all."""
-    import mlx.core as mx
+    from safetensors.numpy import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.safetensors")
-    try:
-        arrays = {k: mx.array(v) for k, v in targets._asdict().items() if v is not None and v.size}
-        mx.save_safetensors(str(partial), arrays, described)
-        os.replace(partial, path)
-    except (RuntimeError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise TrainingError(f"{path}: cannot write the targets: {error}") from error
+    # Not by MLX, which writes no float64. One entry of metadata, for the order of several is not fixed.
+    arrays = {name: array for name, array in targets._asdict().items() if array is not None and array.size}
+    content = save(arrays, {"manifest": json.dumps(described)})
+    write_files(path.parent, {path.name: lambda file: file.write_bytes(content)})
 
 
 def load_targets(path: Path, described: dict[str, str]) -> Targets | str:
     """Targets saved under the same manifest, or one line that says why they must be built anew."""
-    import mlx.core as mx
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         return "none saved yet"
     try:
-        arrays, saved = mx.load(str(path), return_metadata=True)
-    except RuntimeError as error:
+        with safe_open(path, framework="np") as file:
+            saved = json.loads((file.metadata() or {}).get("manifest", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (SafetensorError, OSError, ValueError) as error:
         return f"{path} is damaged ({error})"
     changed = [name for name in described if saved.get(name) != described[name]]
     if changed:
         return f"{', '.join(changed)} changed since {path} was written"
-    fields = {name: np.array(arrays[name]) for name in Targets._fields if name in arrays}
+    fields = {name: arrays[name] for name in Targets._fields if name in arrays}
     fields.setdefault("continuation", np.zeros((len(fields["ids"]), 0), dtype=np.int32))
     return Targets(**fields)
 
@@ -285,20 +283,23 @@ def saved_or_built(
     head,
     asked: dict | None = None,
     build: Callable[..., Targets] | None = None,
+    keep: bool = True,
 ) -> tuple[Targets, dict[str, str]]:
     """The targets at `path` if they were built from the very same things, else built now and saved there.
 
     Args:
         asked: as `manifest`.  build: what builds them, with teacher_targets' arguments, instead of it.
+        keep: False saves nothing.
     """
     described = manifest(model, tokenizer, queries, contexts, settings, asked)
     found = load_targets(path, described)
     if isinstance(found, Targets):
         print(f"targets: reused from {path}")
         return found, described
-    print(f"targets: built now ({found})")
+    print(f"targets: built now ({found}{'' if keep else '; not saved'})")
     targets = (build or teacher_targets)(model, tokenizer, queries, contexts, settings, head)
-    save_targets(path, targets, described)
+    if keep:
+        save_targets(path, targets, described)
     return targets, described
 
 
@@ -307,21 +308,30 @@ def check_lengths(tokenizer, queries: Sequence[Query], contexts, settings, windo
     positions = settings.positions if contexts else settings.answer_tokens  # without contexts, along an answer
     for query in queries:
         context = context_of(query, contexts, settings.retain_context) if contexts else None
+        bare, whole = (len(render(tokenizer, query.question, c, place=query.place)) for c in (None, context))
         for name, tokens, limit in (
-            ("--max-seq-length", render(tokenizer, query.question, place=query.place), settings.max_seq_length),
-            ("the model's window", render(tokenizer, query.question, context, place=query.place), window),
+            ("--max-seq-length", bare, settings.max_seq_length),
+            ("the model's window", whole, window),
         ):
-            check_fits(query.place or query.id, query.question, len(tokens), positions, name, limit)
+            if bare > limit:
+                way_out = "shorten or drop the question"
+            elif context and tokens > limit:
+                way_out = f'{bare} of them are the question: shorten the context "{context.name}"'
+            else:
+                flag = "--positions" if contexts else "--answer-tokens"
+                way_out = f"lower {flag} to {limit - tokens + 1}, or shorten what is asked"
+            check_fits(query.place or query.id, query.question, tokens, positions, name, limit, way_out)
 
 
 def main() -> None:
     """Build the targets and show what the teacher says: the student can become no better than this."""
     from .train import parse_settings, prepare
 
-    settings = parse_settings("python -m duet_mlx.teacher", __doc__ or "")
+    settings = replace(parse_settings("python -m duet_mlx.teacher", __doc__ or ""), resume_adapter_file=None)
     if METHODS[settings.method].labels != "teacher":
         raise ConfigError(f"--method {settings.method} has no teacher: it is trained on answers")
-    prepared = prepare(settings)
+    # The targets beside an adapter are those that it was trained on: they are looked at, never replaced.
+    prepared = prepare(settings, keep=not (Path(settings.adapter_path) / "adapters.safetensors").exists())
     from .generate import greedy, stop_ids
 
     tokenizer, stop = prepared.tokenizer, stop_ids(prepared.tokenizer)

@@ -98,6 +98,18 @@ def test_a_question_longer_than_max_seq_length(refused, quick):
     refused("train", *quick, "--max-seq-length", 12, says=says)
 
 
+def test_a_context_that_leaves_no_room_is_not_blamed_on_the_question(refused, quick, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("system: " + "Say nothing. " * 60 + "\n")
+    said = refused("train", *quick, "--context", file, says=("window of 256", 'shorten the context "mine"'))
+    assert "drop" not in said
+
+
+def test_positions_that_leave_no_room_are_not_blamed_on_the_question(refused, quick):
+    said = refused("train", *quick, "--positions", 300, says=("300 positions", "window of 256", "lower --positions to"))
+    assert "drop" not in said
+
+
 def test_a_question_that_names_a_context_that_is_not_there(refused, quick, tmp_path):
     file = write_questions(tmp_path / "mine.jsonl", ["Who?"], context="second")
     refused("train", *quick, "--forget", file, says=("mine:1", "'second'", "context"))
@@ -135,6 +147,10 @@ BAD_FLAGS = [
     (["--positions", "two"], ("--positions", "two")),
     (["--iters", "0"], ("--iters 0", "1 or more")),
     (["--batch-size", "2", "--forget-per-batch", "3"], ("--forget-per-batch 3", "--batch-size 2")),
+    (["--batch-size", "2"], ("--forget-per-batch 2", "--batch-size 2", "no retain question")),
+    (["--batch-size", "1", "--forget-per-batch", "1"], ("--forget-per-batch 1", "--batch-size 1", "no retain")),
+    (["--batch-size", "9" * 400], ("--batch-size", "below 2^31")),
+    (["--seed", str(2**64)], ("--seed", "below 2^64")),
     (["--learning-rate", "-1"], ("--learning-rate -1", "more than 0")),
     (["--learning-rate", "nan"], ("--learning-rate nan", "more than 0")),
     (["--learning-rate", "inf"], ("--learning-rate inf", "finite")),
@@ -177,6 +193,24 @@ BAD_YAML = {
     "all dropped out": ("lora_parameters: {dropout: 1.0}\n", ("lora_parameters dropout", "1.0")),
     "one LoRA module": ("lora_parameters: {keys: self_attn.q_proj}\n", ("lora_parameters keys", "list")),
     "no such module": ("lora_parameters: {keys: [q]}\n", ("lora_parameters keys", "'q'", "self_attn.q_proj")),
+    "a date of month 13": ("topic: 2024-13-45\n", ("config.yaml", "cannot read", "month must be")),
+    "a tag that does not fit": ("iters: !!int x\n", ("config.yaml", "cannot read", "'x'")),
+    "another that does not": ("center: !!bool x\n", ("config.yaml", "cannot read")),
+    "brackets without end": ("forget: " + "[" * 3000 + "\n", ("config.yaml", "cannot read", "recursion")),
+    "400 digits": ("iters: " + "9" * 400 + "\n", ("--iters", "below 2^31")),
+    "400 digits of a float": ("delta: " + "9" * 400 + "\n", ("delta", "float")),
+    "400 digits of a scale": ("lora_parameters: {scale: " + "9" * 400 + "}\n", ("lora_parameters scale",)),
+    "5000 digits": ("iters: " + "9" * 5000 + "\n", ("config.yaml", "cannot read")),
+    "a LoRA key that is no text": ("lora_parameters: {1: 2}\n", ("lora_parameters", "unknown key 1")),
+    "a list in LoRA's list": ("lora_parameters: {keys: [[q]]}\n", ("lora_parameters keys", "[['q']]")),
+    "a rank beyond the model": ("lora_parameters: {rank: 999}\n", ("lora_parameters rank", "999", "above 128")),
+    "a rank beyond all": ("lora_parameters: {rank: 9999999999}\n", ("lora_parameters rank", "whole number")),
+    "a rank of yes": ("lora_parameters: {rank: yes}\n", ("lora_parameters rank", "True")),
+    "a word in a schedule": ("lr_schedule: {name: step_decay, arguments: [x, 1, 1]}\n", ("lr_schedule", "'x'")),
+    "one argument of a schedule": ("lr_schedule: {name: cosine_decay, arguments: 1e-3}\n", ("lr_schedule", "list")),
+    "an unknown schedule key": ("lr_schedule: {nam: x}\n", ("lr_schedule", "'nam'", 'did you mean "name"')),
+    "a schedule below 0": ("lr_schedule: {name: linear_schedule, arguments: [1, -1, 2]}\n", ("lr_schedule", "-1")),
+    "a module for a schedule": ("lr_schedule: {name: math, arguments: [1]}\n", ("lr_schedule", "math")),
     "no such schedule": ("lr_schedule: {name: cosin, arguments: [1]}\n", ("lr_schedule", "cosin")),
 }
 

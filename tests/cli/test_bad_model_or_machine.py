@@ -49,6 +49,7 @@ def test_broken_safetensors(refused, quick, spoilt, left):
         ({"num_hidden_layers": 3}, ("layers.2",)),
         ({"model_type": "lama"}, ("lama",)),
         ({"model_type": None}, ()),
+        ({"max_position_embeddings": None}, ("max_position_embeddings",)),
     ],
     ids=lambda value: str(value),
 )
@@ -101,8 +102,11 @@ def test_evaluating_a_folder_that_is_no_adapter(refused, model, data, trained, t
 def test_resuming_an_adapter_of_another_model(refused, quick, trained_once, other_model, twin_model, tmp_path):
     file = trained_once / "adapters.safetensors"
     before = contents(trained_once)
-    for other, says in ((other_model, "does not fit"), (twin_model, "another model")):
-        refused("train", *quick, "--model", other, "--resume-adapter-file", file, says=(str(file), says))
+    flags = [*quick, "--iters", 5, "--resume-adapter-file", file]
+    for other in (other_model, twin_model):
+        refused("train", *flags, "--model", other, says=(str(file), "another model", str(other)))
+    same_name = Path(shutil.copytree(other_model, tmp_path / "tiny"))  # as if the model's folder had been replaced
+    refused("train", *flags, "--model", same_name, says=(str(file), "does not fit"))
     assert contents(trained_once) == before
 
 

@@ -33,7 +33,7 @@ def test_a_compiled_step_has_the_loss_and_gradient_of_the_step_as_written() -> N
         step = make_step(model, optimizer, lambda m, b: duet_loss(m, b, [], None, 1.0, True), settings, compiled)
         values = []
         for start in range(0, queries, 2):
-            value, norm, carried = step(stream.batch(np.arange(start, start + 2)), None, True)
+            value, norm, carried = step(stream.batch(np.arange(start, start + 2)), None, 1)
             mx.eval(model.parameters(), optimizer.state, value, norm)
             assert carried is None
             means = {k: np.array(a) for k, a in tree_flatten(optimizer.state) if k.endswith(".m")}

@@ -435,24 +435,24 @@ BACKEND = (
     ),
     # --- training
     Mutant(
-        "duet_mlx/train.py",
+        "duet_mlx/loop.py",
         "Adam's bias correction left at MLX's default",
         "eps=1e-8, bias_correction=True)",
         "eps=1e-8)",
         "tests/equivalence/test_lora_adam_equivalence.py",
     ),
     Mutant(
-        "duet_mlx/train.py",
+        "duet_mlx/loop.py",
         "accumulated gradients added, not averaged",
-        "gradient = tree_map(lambda g: g / every, gradient)",
+        "gradient = tree_map(lambda g: g / of, gradient)",
         "gradient = tree_map(lambda g: g, gradient)",
         "tests/equivalence/test_invariants.py::test_accumulated_steps_are_one_step_of_the_mean_gradient",
     ),
     Mutant(
-        "duet_mlx/checkpoint.py",
+        "duet_mlx/resume.py",
         "resuming repeats the last step",
-        "return step\n",
-        "return step - 1\n",
+        "return State(step, weights",
+        "return State(step - 1, weights",
         "tests/cli/test_runs.py::test_ctrl_c_waits_for_the_end_of_an_update",
     ),
     # --- evaluation

@@ -67,6 +67,13 @@ def test_targets_come_back_from_disk_as_they_were(tmp_path, n):
     assert [p.name for p in path.parent.iterdir()] == ["targets.safetensors"]
 
 
+def test_targets_of_a_float64_model_keep_their_digits(tmp_path):
+    targets = build()._replace(logits=np.random.default_rng(0).normal(size=(2, 3, 8)))
+    save_targets(tmp_path / "targets.safetensors", targets, {})
+    loaded = load_targets(tmp_path / "targets.safetensors", {})
+    assert loaded.logits.dtype == np.float64 and equal(loaded, targets)
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
@@ -107,7 +114,7 @@ def test_damaged_targets_are_built_anew_with_a_line_that_says_so(tmp_path, capsy
 
 def test_targets_that_cannot_be_written_are_an_error(tmp_path):
     (tmp_path / "targets.safetensors").mkdir()
-    with pytest.raises(TrainingError, match="cannot write the targets"):
+    with pytest.raises(TrainingError, match="targets.safetensors: cannot be written"):
         save_targets(tmp_path / "targets.safetensors", build(), {})
 
 

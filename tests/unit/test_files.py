@@ -2,8 +2,8 @@
 
 import pytest
 
-from duet_mlx.checkpoint import write_text
 from duet_mlx.errors import TrainingError
+from duet_mlx.files import write_text
 
 
 def test_what_cannot_be_written_leaves_what_was_there_and_no_part_of_itself(tmp_path):
