@@ -166,7 +166,6 @@ def answer_targets(
 
     from .baselines import Answers, token_log_probs
     from .probe import answer_ids
-    from .teacher import _is_float64
 
     refusals = refusals_of(settings)
     prompts = [render(tokenizer, query.question, place=query.place) for query in queries]
@@ -198,11 +197,12 @@ def answer_targets(
         ids[row, : len(words), 0] = words
         mask[row, : len(words)] = True
     continuation = np.where(mask[:, 1:], ids[:, :-1, 0], 0)
-    log_probs = np.zeros(ids.shape, dtype=np.float64 if _is_float64(model) else np.float32)
+    log_probs, kind = np.zeros(ids.shape), np.dtype(np.float32)
     for rows, logits in forced_logits(model, prompts, [words[:-1] for words in labels], n, head):
         answers = Answers(logits, mx.array(ids[rows, :, 0]), mx.array(mask[rows]))
-        log_probs[rows, :, 0] = np.array(token_log_probs(answers))
-    targets = Targets(ids, log_probs, mask[..., None], mask, continuation)
+        values = np.array(token_log_probs(answers))
+        log_probs[rows, :, 0], kind = values, values.dtype
+    targets = Targets(ids, log_probs.astype(kind), mask[..., None], mask, continuation)
     if states_of(settings):
         states = frozen_states(model, prompts, [words[:-1] for words in labels], n, settings, head)
         targets = targets._replace(states=states)

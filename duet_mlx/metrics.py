@@ -55,10 +55,10 @@ METRICS = (
         "recall of the gold answer",
         "lower",
         "higher",
-        "ROUGE-L recall of the gold answer (the best of several) on the questions that the base got right: "
-        "its own answer to the plain question holds every word of a gold answer, in order",
+        "ROUGE-L recall, no stemmer, of the gold answer (the best of several) on the questions that the base got "
+        "right: its own answer to the plain question holds every word of a gold answer, in order",
     ),
-    Metric("f1", "F1 with the base's answer", "lower", "higher", "ROUGE-L F1 with the base's own answer"),
+    Metric("f1", "F1 with the base's answer", "lower", "higher", "ROUGE-L F1, no stemmer, with the base's own answer"),
     Metric(
         "refused",
         "refused",
