@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def essence(settings: dict[str, Any]) -> dict[str, Any]:
 
 def set_aside(folder: Path) -> Path:
     """Rename an adapter folder, and leave the teacher's targets to the next run, which checks them itself."""
-    aside = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+    stamp = f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (folder.with_name(stamp if n == 1 else f"{stamp}-{n}") for n in count(1))  # two may fall into one second
+    aside = next(name for name in names if not name.exists())
     folder.rename(aside)
     folder.mkdir()
     for targets in aside.glob("*targets.safetensors"):

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 
 from duet_mlx.once import train_once
@@ -69,5 +70,16 @@ def test_one_that_was_cut_off_is_gone_on_with(there, capsys):
     train_once(replace(settings, iters=4))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "step": 2}))
+    state = str(folder / "optimizer.safetensors")
+    arrays, meta = mx.load(state, return_metadata=True)
+    mx.save_safetensors(state, arrays, {**meta, "step": "2"})
     train_once(replace(settings, iters=4))
-    assert "going on from step" in capsys.readouterr().out
+    assert "going on from step 2" in capsys.readouterr().out
+
+
+def test_two_that_are_set_aside_in_one_second_have_two_names(there, monkeypatch):
+    settings, folder = there
+    monkeypatch.setattr("duet_mlx.once.time.strftime", lambda form: "now")
+    train_once(replace(settings, iters=6))
+    train_once(replace(settings, iters=5))
+    assert sorted(path.name for path in folder.parent.glob("run-until-*")) == ["run-until-now", "run-until-now-2"]
