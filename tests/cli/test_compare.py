@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from duet_mlx.evaluate import EvaluateSettings
 from duet_mlx.methods import METHODS
 from duet_mlx.report import load_results
 from duet_mlx.settings import parse
+from duet_mlx.stream import Stream
 from tests.tiny_model import write_questions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,20 +109,15 @@ def test_a_run_can_be_repeated_by_its_own_config_to_the_same_bytes(command, comp
 
 def test_a_comparison_that_was_cut_off_goes_on_and_the_cut_run_resumes(command, comparison, tmp_path, monkeypatch):
     config = comparison({"graddiff": TRIED})
-    from duet_mlx import train as module
+    batch, calls = Stream.batch, []
 
-    report, steps = module.report, []
-
-    def interrupt(it, *rest):
-        steps.append(it)
-        if len(steps) == 1:
-            import signal
-
+    def interrupting(self, rows):
+        calls.append(1)
+        if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
-        return report(it, *rest)
+        return batch(self, rows)
 
-    monkeypatch.setattr(module, "report", interrupt)
-    # Reports come at the end of a run: the first trial is interrupted there, the second has not begun.
+    monkeypatch.setattr(Stream, "batch", interrupting)
     ended = command("compare", "-c", config)
     assert ended.code == 2 and "interrupted" in ended.err
     assert not (tmp_path / "out" / "results.json").exists()
@@ -128,7 +125,7 @@ def test_a_comparison_that_was_cut_off_goes_on_and_the_cut_run_resumes(command, 
     assert json.loads((runs / "learning_rate=1e-3" / "run.json").read_text())["cut_off"]
     ended = command("compare", "-c", config)
     assert ended.code == 0, ended.err
-    assert "complete and of these settings" in ended.out and len(steps) == 2
+    assert "going on from step 2 of 4" in ended.out and len(calls) == 4 + 4
     assert "cut_off" not in json.loads((runs / "learning_rate=1e-3" / "run.json").read_text())
 
 
