@@ -449,6 +449,20 @@ BACKEND = (
         "tests/equivalence/test_invariants.py::test_accumulated_steps_are_one_step_of_the_mean_gradient",
     ),
     Mutant(
+        "duet_mlx/loop.py",
+        "the steps of an accumulation that are left at the end make no update",
+        "waiting == settings.grad_accumulation_steps or it == last",
+        "waiting == settings.grad_accumulation_steps",
+        "tests/cli/test_resume.py::test_the_last_update_takes_the_steps_that_are_left",
+    ),
+    Mutant(
+        "duet_mlx/resume.py",
+        "an adapter goes on with the optimizer of another step",
+        "if arrays_hash(weights) != adapter:",
+        "if False:",
+        "tests/cli/test_resume.py::test_a_numbered_copy_is_refused_with_the_name_of_what_can_be_gone_on_from",
+    ),
+    Mutant(
         "duet_mlx/resume.py",
         "resuming repeats the last step",
         "return State(step, weights",
