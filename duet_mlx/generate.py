@@ -128,7 +128,7 @@ class Answers(NamedTuple):
     kept: np.ndarray | None  # [B, max_tokens, ...] where asked for; zeros after an answer's end
 
 
-class _Part:
+class Part:
     """Rows of a batch that are decoded on one stream, and those of them whose answers go on."""
 
     def __init__(self, model: nn.Module, rows: np.ndarray, suffixes: list[list[int]], prefix: Prefix, ragged: bool):
@@ -166,7 +166,7 @@ def takes_row_masks(model: nn.Module) -> bool:
     Gemma 2's attention in mlx-lm, written out for groups of query heads, cannot take a mask of each row's own. With as
     many rows as heads of keys the mask would fit, wrongly: hence seven, which no model has.
     """
-    part = _Part(model, np.arange(7), [[0]] * 7, [], ragged=True)
+    part = Part(model, np.arange(7), [[0]] * 7, [], ragged=True)
     try:
         for _ in range(2):  # the prefill, whose mask is one for all, and a token more
             part.go_on(mx.argmax(part.logits(model, None), axis=-1), np.ones(7, dtype=bool))
@@ -199,7 +199,7 @@ def decode(
     mx.eval(prefix)
     for rows in batches([len(p) for p in prompts], batch_size, equal=not ragged):
         places = np.array_split(np.arange(len(rows)), min(len(rows), len(streams())))
-        parts = [_Part(model, at, [list(prompts[row][length:]) for row in rows[at]], prefix, ragged) for at in places]
+        parts = [Part(model, at, [list(prompts[row][length:]) for row in rows[at]], prefix, ragged) for at in places]
         answers: list[list[int]] = [[] for _ in rows]
         limits = np.broadcast_to(max_tokens, len(prompts))[rows]
         ended, kept = np.zeros(len(rows), dtype=bool), None

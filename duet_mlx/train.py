@@ -50,15 +50,8 @@ class Prepared(NamedTuple):
     valid_targets: Targets | None
 
 
-def prepare(settings: TrainSettings, keep: bool = True) -> Prepared:
-    """Read questions, context and model, and get the targets: saved ones if nothing changed, else built now.
-
-    Args:
-        keep: False writes nothing.
-
-    Raises:
-        DuetError: whatever of it cannot be used; nothing has been built or written then.
-    """
+def read_questions(settings: TrainSettings) -> tuple[list[Query], list[Query], list[Context]]:
+    """The questions to train on, those to watch, and the contexts, checked as far as that goes without a model."""
     forget = load_queries(settings.forget, "forget")
     kept = load_queries(settings.retain, "retain") if settings.retain else []
     kept += load_queries(settings.neighbours, "neighbour") if settings.neighbours else []
@@ -70,10 +63,23 @@ def prepare(settings: TrainSettings, keep: bool = True) -> Prepared:
     # Trained on answers, a method reads no context.
     taught = METHODS[settings.method].labels == "teacher"
     contexts = load_contexts(settings.context, settings.topic) if taught else []
+    return forget + kept, valid, contexts
+
+
+def prepare(settings: TrainSettings, keep: bool = True) -> Prepared:
+    """Read questions, context and model, and get the targets: saved ones if nothing changed, else built now.
+
+    Args:
+        keep: False writes nothing.
+
+    Raises:
+        DuetError: whatever of it cannot be used; nothing has been built or written then.
+    """
+    queries, valid, contexts = read_questions(settings)
     if not keep:
-        return _read(settings, forget + kept, valid, contexts, keep)
+        return _read(settings, queries, valid, contexts, keep)
     with only_run_in(folder_for_adapter(settings)):
-        return _read(settings, forget + kept, valid, contexts, keep)
+        return _read(settings, queries, valid, contexts, keep)
 
 
 def _read(
@@ -221,6 +227,10 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
 def main() -> None:
     """Train as the flags and the YAML say."""
     settings = parse_settings("python -m duet_mlx.train", __doc__ or "")
+    if settings.dry_run:
+        from .dry_run import dry_run
+
+        return dry_run(settings)
     path = train(settings, prepare(settings))
     print(f"adapter: {path} (for mlx_lm.generate --adapter-path, mlx_lm.server, mlx_lm.fuse --dequantize)")
 

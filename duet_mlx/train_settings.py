@@ -68,6 +68,7 @@ class TrainSettings:
     steps_per_eval: int = setting(200, "steps between validation losses and sample answers (0: never)")
     save_every: int = setting(200, "steps between saved checkpoints (0: at the end alone)")
     resume_adapter_file: str | None = setting(None, "adapters.safetensors to go on from, step and optimizer included")
+    dry_run: bool = setting(False, "print parameters, tokens, steps and memory that the run will take, and stop")
     overwrite: bool = setting(False, "write into an adapter folder that already holds an adapter")
     trust_remote_code: bool = setting(False, "run Python code that the model's repository brings")
 
