@@ -16,7 +16,7 @@ WORDS ?=
 .DEFAULT_GOAL := help
 # Each step is a stamp that the next one looks at.
 .NOTPARALLEL:
-.PHONY: help install blas model demo demo-paper tofu test quick coverage mutants lint format clean
+.PHONY: help install blas model demo demo-paper tofu bench test quick coverage mutants lint format clean
 
 help: ## list what can be done
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED
 
 tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable, about 90 minutes)
 	$(PY) examples/tofu/implant.py
+
+bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in under 10 minutes
+	$(PY) -m benchmarks
 
 # ---- development ----
 
