@@ -24,17 +24,17 @@ from duet_mlx import BLAS
 from duet_mlx.errors import ConfigError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
+# sections.SECTIONS, which brings MLX with it: `--help` should not wait for that.
+PARTS = ("head", "padding", "teacher", "growth", "evaluation", "size", "step")
 DATA = ROOT / "examples" / "harry_potter" / "data"
 
 
 def main() -> None:
     """Measure and print."""
-    from .sections import SECTIONS
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     model = ROOT / "examples" / "harry_potter" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     parser.add_argument("--model", default=str(model), help="hub id, MLX folder or .gguf file (default: the demo's)")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="parts to measure")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     parser.add_argument("--quick", action="store_true", help="few queries and steps: whether it runs, not how fast")
     parser.add_argument("--memory", type=float, default=10.0, help="GB that a synthetic model may take (default: 10)")
     parser.add_argument("--full", action="store_true", help="N up to 10,000, many minutes more")
@@ -53,6 +53,7 @@ def main() -> None:
 
     from .bench import SHAPES, Bench, Shape
     from .measure import Row, table
+    from .sections import SECTIONS
 
     queries = load_queries([str(DATA / "forget_train.jsonl")], "forget")
     queries += load_queries([str(DATA / "general_train.jsonl")], "retain")
@@ -83,7 +84,7 @@ def main() -> None:
     }  # fmt: skip
     rows: list[Row] = []
     start = time.perf_counter()
-    for name in [name for name in SECTIONS if name in given.only]:
+    for name in [name for name in PARTS if name in given.only]:
         with contextlib.redirect_stdout(sys.stderr):  # progress bars and notes: the table alone is the output
             for row in SECTIONS[name](bench):
                 rows.append(row)

@@ -7,7 +7,7 @@ may get, so a run whose answers are short needs a little less.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -167,7 +167,7 @@ def training_step(
 
 
 def frozen_pass(
-    settings: TrainSettings, model: nn.Module, tokenizer: Any, queries: Sequence[Query], contexts: list[Context],
+    settings: TrainSettings, model: nn.Module, rendered: Callable, queries: Sequence[Query], contexts: list[Context],
     head: nn.Module | None, n: int, vocabulary: int,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Reading the teacher, or the base's answers: bytes of working memory and of the cache, and tokens read."""
@@ -177,12 +177,12 @@ def frozen_pass(
         groups.setdefault(context, []).append(query)
     most, read = (0, 0), 0
     for context, members in groups.items():
-        prompts = [render(tokenizer, query.question, context) for query in members]
+        prompts = [rendered(query.question, context) for query in members]
         read += sum(map(len, prompts))
         working, cache = teacher_pass(model, prompts, n, vocabulary, head)
         # The base reads the teacher's words, or its own answers, once more.
         if not contexts or (settings.candidates == "union" and context is not None):
-            bare = [render(tokenizer, query.question) for query in members]
+            bare = [rendered(query.question) for query in members]
             again = scoring(model, bare, n, partial(_logits, head, mx.zeros((min(32, len(bare)), n), mx.int32)), 32)
             # What the teacher's last batch was decoded with is still there.
             working = working + again if contexts else max(working, again - cache)
@@ -196,18 +196,17 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """What the run will take, from shapes alone; the model, which need not have weights, gets LoRA."""
     method, head = METHODS[settings.method], find_head(model)
+    rendered = lru_cache(None)(partial(render, tokenizer))  # the template of a few thousand questions takes seconds
     n = settings.positions if method.labels == "teacher" else settings.answer_tokens
     token = mx.zeros((1, 1), mx.int32)
     vocabulary = logits_at(model, token, token).shape[-1]
     weights, parameters = nbytes(model.parameters()), _numbers(model.parameters())
     read = [
-        frozen_pass(settings, model, tokenizer, part, contexts, head, n, vocabulary)
-        for part in (queries, valid)
-        if part
+        frozen_pass(settings, model, rendered, part, contexts, head, n, vocabulary) for part in (queries, valid) if part
     ]
-    working, cache, _ = max(read, key=lambda one: one[0] + one[1])
+    working, of_cache, _ = max(read, key=lambda one: one[0] + one[1])
     name = "teacher" if method.labels == "teacher" else "answers"
-    phases = [Phase(name, {"weights": weights, "cache": cache, "working memory": working})]
+    phases = [Phase(name, {"weights": weights, "cache": of_cache, "working memory": working})]
 
     keys = lora_keys(model, settings.lora_parameters["keys"])
     inside = {name for layer in model.layers for name, _ in layer.named_modules()}
@@ -217,8 +216,8 @@ def estimate(
     layers = len(model.layers) if settings.num_layers == -1 else settings.num_layers
     first = len(model.layers) - layers if in_layers and can_branch(model) and find_stack(model) else 0
 
-    prompts = [render(tokenizer, query.question) for query in queries]
-    watched = [render(tokenizer, query.question) for query in valid]
+    prompts = [rendered(query.question) for query in queries]
+    watched = [rendered(query.question) for query in valid]
     prefix = common_prefix(prompts + watched) if can_branch(model) and not settings.grad_checkpoint else 0
     forget = np.array([i for i, q in enumerate(queries) if q.role == "forget"])
     kept = np.array([i for i, q in enumerate(queries) if q.role != "forget" and reads_retain(settings)], dtype=int)

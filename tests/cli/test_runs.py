@@ -147,7 +147,7 @@ def test_settings_of_the_student_leave_the_targets(command, quick, trained):
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["train", "teacher", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "teacher", "evaluate", "compare", "harness", "report"])
 def test_help_comes_at_once_and_without_mlx(name):
     """Half a second of the processor's time: that of the clock hangs on who else computes."""
     program = (
@@ -162,7 +162,8 @@ def test_help_comes_at_once_and_without_mlx(name):
     ends = [run.rpartition("END ")[2] for run in runs]
     assert all(end.startswith("0 [] ") for end in ends), ends
     assert min(float(end.split()[-1]) for end in ends) < 0.5
-    assert "--model" in runs[0] and "default:" in runs[0]
+    assert "usage: python -m duet_mlx." in runs[0]
+    assert name in ("compare", "report") or ("--model" in runs[0] and "default:" in runs[0])
 
 
 BASICS = ["--model", "m", "--forget", "f", "--retain", "r", "--context", "c"]
