@@ -57,7 +57,12 @@ def make_step(model: nn.Module, optimizer, loss, settings: TrainSettings, compil
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
+    from mlx.nn.utils import average_gradients
     from mlx.utils import tree_map, tree_reduce
+
+    from . import parallel
+
+    processes = parallel.size()
 
     def mean_loss(model, batch):
         total, count = loss(model, batch)
@@ -68,12 +73,15 @@ def make_step(model: nn.Module, optimizer, loss, settings: TrainSettings, compil
         if carried is not None:
             gradient = tree_map(mx.add, gradient, carried)
         if of:
+            gradient = average_gradients(gradient)  # over the processes, where there are several
             if of > 1:
                 gradient = tree_map(lambda g: g / of, gradient)
             if settings.max_grad_norm:
                 gradient, _ = optim.clip_grad_norm(gradient, settings.max_grad_norm)
             optimizer.update(model, gradient)
         norm = tree_reduce(lambda total, g: total + (g * g).sum(), gradient, mx.array(0.0))
+        if processes > 1:  # one number for all, so that all go the same way
+            value, norm = mx.distributed.all_sum(mx.stack([value, norm])) / processes
         return value, norm, None if of else gradient
 
     if not compiled:
@@ -110,12 +118,14 @@ def run_steps(
     import mlx.core as mx
     from tqdm import tqdm
 
+    from . import parallel
+
     model, optimizer = checkpoint.model, checkpoint.optimizer
     carried, waiting, due, losses, tokens = None, 0, False, [], 0
     done, last = checkpoint.now.step, settings.iters
     with tqdm(total=last, initial=done, desc="train", unit="step", file=sys.stdout) as bar:
         for it in range(done + 1, last + 1):
-            batch = stream.batch(batches[it - 1])
+            batch = stream.batch(parallel.mine(batches[it - 1]))
             waiting += 1
             update = waiting == settings.grad_accumulation_steps or it == last  # the last takes those that are left
             value, norm, carried = step(batch, carried, waiting if update else 0)
@@ -135,13 +145,15 @@ def run_steps(
             if update:
                 waiting = 0
                 checkpoint.updated(it)
-                if due or interrupted or it == last:
-                    if not checkpoint.now.is_finite() or not math.isfinite(_loss_without_dropout(model, loss, batch)):
+                stopped = parallel.anywhere(bool(interrupted))
+                if due or stopped or it == last:
+                    finite = checkpoint.now.is_finite() and math.isfinite(_loss_without_dropout(model, loss, batch))
+                    if parallel.anywhere(not finite):
                         checkpoint.go_back(checkpoint.before)
                         raise _not_finite(it, "loss or weights after its update", checkpoint)
                     checkpoint.save(copy=due)
                     due = False
-                if interrupted and it < last:
+                if stopped and it < last:
                     raise KeyboardInterrupt
             if settings.steps_per_eval and (it % settings.steps_per_eval == 0 or it == last):
                 validate(model, prepared, valid_stream, loss, bar)

@@ -291,13 +291,20 @@ def saved_or_built(
         asked: as `manifest`.  build: what builds them, with teacher_targets' arguments, instead of it.
         keep: False saves nothing.
     """
+    from . import parallel
+
     described = manifest(model, tokenizer, queries, contexts, settings, asked)
     found = load_targets(path, described)
-    if isinstance(found, Targets):
+    saved = found if isinstance(found, Targets) else None
+    if parallel.anywhere(saved is not None):
         print(f"targets: reused from {path}")
-        return found, described
+        return parallel.from_first(saved), described
     print(f"targets: built now ({found}{'' if keep else '; not saved'})")
-    targets = (build or teacher_targets)(model, tokenizer, queries, contexts, settings, head)
+
+    def read(part: Sequence[Query]) -> Targets:
+        return (build or teacher_targets)(model, tokenizer, part, contexts, settings, head)
+
+    targets = parallel.built(read, queries, settings)
     if keep:
         save_targets(path, targets, described)
     return targets, described

@@ -231,8 +231,11 @@ def main() -> None:
         from .dry_run import dry_run
 
         return dry_run(settings)
-    path = train(settings, prepare(settings))
-    print(f"adapter: {path} (for mlx_lm.generate --adapter-path, mlx_lm.server, mlx_lm.fuse --dequantize)")
+    from .parallel import as_rank
+
+    with as_rank(settings) as settings:
+        path = train(settings, prepare(settings))
+        print(f"adapter: {path} (for mlx_lm.generate --adapter-path, mlx_lm.server, mlx_lm.fuse --dequantize)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""`mlx.launch -n 2` over loopback: the run of two processes is the run of one."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.tiny_model import contents, replaced
+
+
+def launch(flags: list[str], processes: int = 2) -> subprocess.CompletedProcess:
+    """Run `duet_mlx.train` on several processes of this machine, on ports that are free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = [
+        str(Path(sys.executable).with_name("mlx.launch")), "-n", str(processes), "--backend", "ring",
+        "--starting-port", str(port), "--", sys.executable, "-m", "duet_mlx.train", *flags,
+    ]  # fmt: skip
+    return subprocess.run(run, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("method", ["duet", "idkdpo"])
+def test_two_processes_give_the_adapter_of_one(command, quick, tmp_path, method):
+    rate = 3e-4
+    flags = [*quick, "--method", method, "--grad-accumulation-steps", "2", "--learning-rate", str(rate)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command("train", *replaced(flags, "--adapter-path", str(one))).code == 0
+    ended = launch(replaced(flags, "--adapter-path", str(two)))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("adapter: ") == 1  # rank 0 alone speaks
+    assert contents(one).keys() == contents(two).keys()
+    for file in ("targets.safetensors", "optimizer.safetensors"):
+        for name, expected, got in pairs(one / file, two / file):
+            assert abs(got - expected).max() <= 1e-4 * abs(expected).max(), name
+    for name, expected, got in pairs(one / "adapters.safetensors", two / "adapters.safetensors"):
+        # Adam moves every number by about the rate, and one whose gradient is all rounding moves by rounding.
+        assert math.sqrt(((got - expected) ** 2).mean()) < 1e-3 * rate, name
+    logs = [[json.loads(line) for line in (path / "train_log.jsonl").read_text().splitlines()] for path in (one, two)]
+    for before, after in zip(*logs, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
+        assert after["gradient_norm"] == pytest.approx(before["gradient_norm"], rel=1e-3) or after["step"] % 2
+    if method == "idkdpo":
+        return  # what follows is the same for all
+    again = launch([*replaced(flags, "--adapter-path", str(two)), "--overwrite"])
+    assert again.returncode == 0 and again.stdout.count("targets: reused") == 1, again.stderr
+
+
+def pairs(one: Path, two: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """What two files hold under each name, as numbers that can be subtracted."""
+    before, after = mx.load(str(one)), mx.load(str(two))
+    assert before.keys() == after.keys()
+    for name in before:
+        yield name, np.array(before[name]).astype(np.float64), np.array(after[name]).astype(np.float64)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(quick):
+    ended = launch(replaced(quick, "--batch-size", "3"))
+    assert "error: --batch-size 3: cannot be shared out evenly among 2 processes" in ended.stderr
