@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,19 +18,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from duet_mlx.resume import load_state
 from tests.tiny_model import contents, replaced
 
 
-def launch(flags: list[str], processes: int = 2) -> subprocess.CompletedProcess:
-    """Run `duet_mlx.train` on several processes of this machine, on ports that are free."""
+def launcher(flags: list[str]) -> list[str]:
+    """The command that runs `duet_mlx.train` on two processes of this machine, on ports that are free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run = [
-        str(Path(sys.executable).with_name("mlx.launch")), "-n", str(processes), "--backend", "ring",
-        "--starting-port", str(port), "--", sys.executable, "-m", "duet_mlx.train", *flags,
-    ]  # fmt: skip
-    return subprocess.run(run, capture_output=True, text=True, timeout=300)
+    mine = Path(sys.executable).with_name("mlx.launch")
+    ring = ["-n", "2", "--backend", "ring", "--starting-port", str(port)]
+    return [str(mine), *ring, "--", sys.executable, "-m", "duet_mlx.train", *flags]
+
+
+def launch(flags: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(launcher(flags), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("method", ["duet", "idkdpo"])
@@ -66,3 +73,24 @@ def pairs(one: Path, two: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 def test_a_batch_that_cannot_be_shared_out_is_refused(quick):
     ended = launch(replaced(quick, "--batch-size", "3"))
     assert "error: --batch-size 3: cannot be shared out evenly among 2 processes" in ended.stderr
+
+
+def test_a_dead_process_ends_the_others_and_leaves_the_last_checkpoint_whole(quick, tmp_path):
+    folder = tmp_path / "adapters"
+    flags = [*replaced(replaced(quick, "--iters", "5000"), "--save-every", "1"), "--steps-per-report", "1000"]
+    own = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(launcher(flags), **own) as run:
+        try:
+            while run.poll() is None and not list(folder.glob("0000003_*")):
+                time.sleep(0.05)
+            listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True).stdout
+            ranks = [int(line.split()[0]) for line in listed.splitlines() if str(folder) in line]
+            ranks.remove(run.pid)
+            os.kill(max(ranks), signal.SIGKILL)
+            _, said = run.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)  # the ranks too, if the test failed before they ended
+    assert "exited with code -9" in said
+    state, config = load_state(str(folder / "adapters.safetensors"))
+    assert 3 <= state.step == config["step"] < 5000
