@@ -55,8 +55,8 @@ def main() -> None:
     from .measure import Row, table
     from .sections import SECTIONS
 
-    queries = load_queries([str(DATA / "forget_train.jsonl")], "forget")
-    queries += load_queries([str(DATA / "general_train.jsonl")], "retain")
+    queries = load_queries([str(DATA / f"forget_{kind}train.jsonl") for kind in ("", "quiz_")], "forget")
+    queries += load_queries([str(DATA / f"{kind}_train.jsonl") for kind in ("general", "neighbour")], "retain")
     loaded, tokenizer, _ = load_model(given.model)
     settings = TrainSettings(
         model=given.model, positions=4, top_k=100, candidates="teacher", retain_context="teacher", center=False,

@@ -131,9 +131,9 @@ def evaluation(bench: Bench) -> Iterator[Row]:
 
 
 def padding(bench: Bench) -> Iterator[Row]:
-    """Pad tokens among all tokens of a run's batches, and how many shapes these have."""
+    """Pad tokens among all tokens of a run's batches with the default settings, and how many shapes these have."""
     prompts = [render(bench.tokenizer, query.question) for query in bench.queries]
-    n, count = bench.settings.positions, len(prompts)
+    n, count = TrainSettings().positions, len(prompts)
     mask = np.ones((count, n), dtype=bool)
     empty = np.zeros((count, n, 1))
     prefix = common_prefix(prompts)
