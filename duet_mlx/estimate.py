@@ -184,8 +184,7 @@ def frozen_pass(
         if not contexts or (settings.candidates == "union" and context is not None):
             bare = [rendered(query.question) for query in members]
             again = scoring(model, bare, n, partial(_logits, head, mx.zeros((min(32, len(bare)), n), mx.int32)), 32)
-            # What the teacher's last batch was decoded with is still there.
-            working = working + again if contexts else max(working, again - cache)
+            working = max(working, again - cache)
         most = max(most, (working, cache), key=sum)
     return *most, read
 

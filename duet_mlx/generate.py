@@ -227,6 +227,7 @@ def decode(
             parts = [part for part in parts if not ended[part.rows].all()]
             if not parts:
                 break
+        del part, chosen, logits, tokens  # the cache of a batch should not outlive it while the caller works on
         yield Answers(rows, answers, kept)
 
 
