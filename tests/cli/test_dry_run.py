@@ -21,8 +21,8 @@ def test_it_needs_no_weights_and_writes_nothing(command, quick, model, tmp_path)
 
 
 def test_what_does_not_fit_is_refused_with_what_to_lower(refused, quick, monkeypatch):
-    monkeypatch.setattr(dry_run, "machine_memory", lambda: (2_000_000, "a very small machine"))
-    said = ("2.4 MB do not fit into 2.0 MB (a very small machine)", "--batch-size 2", "a smaller or more tightly")
+    monkeypatch.setattr(dry_run, "machine_memory", lambda: (1_000_000, "a very small machine"))
+    said = (" do not fit into 1.0 MB (a very small machine)", "--batch-size 2", "a smaller or more tightly")
     refused("train", *quick, "--dry-run", says=said)
 
 
