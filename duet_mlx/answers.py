@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from . import metrics
+from .data import digest
 from .errors import ModelError, note
 from .generate import decode, stop_ids
 from .head import check_head
-from .kept_answers import KeptAnswers, Unit, digest
+from .kept_answers import KeptAnswers, Unit
 from .scores import Asked, Column
 from .teacher import forced_logits
 

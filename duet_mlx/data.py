@@ -7,10 +7,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from duet_mlx.errors import DataError, nearest
 
+Choice = TypeVar("Choice")
 ROLES = ("forget", "retain", "neighbour")
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,16 @@ def file_hash(path: str | Path) -> str:
     except OSError as error:
         raise DataError(_unreadable(Path(path), error)) from error
     return digest.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's JSON, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def in_turn(query: Query, choices: Sequence[Choice]) -> Choice:
+    """The choice that falls to a query by its id, so that it hangs on the query alone."""
+    return choices[int(hashlib.sha256(query.id.encode()).hexdigest(), 16) % len(choices)]
 
 
 def _no_file_twice(files: list[Path], role: str) -> None:

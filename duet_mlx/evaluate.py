@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import report
 from .benchmark_run import Benchmarks, check_prompts, describe, load_benchmarks, replies_of, rows_and_samples
-from .data import Query, check_disjoint, file_hash, load_queries
+from .data import Query, check_disjoint, digest, file_hash, load_queries
 from .errors import ConfigError, ModelError, note, run_cli
+from .files import make_folder
 from .metrics import FORGET, GENERAL, NEIGHBOURS
 from .provenance import described
-from .result_files import KEPT, SAMPLES, check_free, finite, make_folder, write
+from .result_files import KEPT, SAMPLES, check_free, finite, write
 from .scores import Asked, Column, rows_of, score
 from .settings import parse, require, setting
 
@@ -87,7 +88,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     contexts = _contexts(settings, forget)
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
-        make_folder(folder, settings.out)
+        make_folder(folder, f"--out {settings.out}")
     meta = described(settings, {name: len(queries) for name, queries in groups.items()}, [text for _, text in prompts])
     meta["benchmarks"] = describe(benchmarks)
 
@@ -203,7 +204,7 @@ def _columns(
     """
     from .answers import column
     from .context import check_fits, render
-    from .kept_answers import code_hash, digest
+    from .kept_answers import code_hash
     from .model import apply_adapter, check_adapter, load_model, resolve_model, weights_hash, window
     from .teacher import context_of
 

@@ -1,4 +1,4 @@
-"""Writing into the adapter folder: nothing is half written, and one run at a time."""
+"""Writing into a folder: nothing is half written, and one run at a time."""
 
 from __future__ import annotations
 
@@ -61,6 +61,19 @@ def append_text(path: Path, text: str) -> None:
         raise TrainingError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder, or raise ConfigError: that nothing can be written is better known before all the work.
+
+    Args:
+        flag: the flag that asks for it and what it was given, for the message.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"{flag}: cannot be written to ({error.strerror})") from error
+
+
 def folder_for_adapter(settings: TrainSettings) -> Path:
     """The adapter folder, made if need be. Raises ConfigError if it holds an adapter and nothing allows its loss."""
     path = Path(settings.adapter_path)
@@ -83,11 +96,7 @@ def folder_for_adapter(settings: TrainSettings) -> Path:
             f"--adapter-path {path}: not empty (holds {foreign[0]}); choose another folder, pass --overwrite to "
             f"write into it{resume}"
         )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()  # better known now than after the teacher was read
-    except OSError as error:
-        raise ConfigError(f"--adapter-path {path}: cannot be written to ({error.strerror})") from error
+    make_folder(path, f"--adapter-path {path}")
     return path
 
 

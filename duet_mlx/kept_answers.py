@@ -7,12 +7,12 @@ last bit which of them were read from the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .data import digest
 from .errors import note
 from .files import append_text, write_text
 
@@ -53,11 +53,6 @@ class KeptAnswers:
         """Keep the next unit."""
         self.units.append(unit)
         append_text(self.file, _line(unit) + "\n")
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON, in hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def code_hash() -> str:

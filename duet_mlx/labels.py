@@ -7,18 +7,17 @@ against the answer, a row more for each forget query.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .context import Context, check_fits, render
-from .data import Query
+from .data import Query, in_turn
 from .errors import ConfigError, DataError
 from .methods import METHODS, Method, parameters, states_of
+from .tables import read_lines
 from .teacher import Targets, context_of, forced_logits, teacher_targets
 
 if TYPE_CHECKING:
@@ -41,18 +40,12 @@ def refusals_of(settings: TrainSettings) -> list[str]:
     if settings.refusals is None:
         return list(REFUSALS)
     try:
-        text = Path(settings.refusals).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--refusals {settings.refusals}: cannot be read ({error})") from error
-    refusals = [line.strip() for line in text.splitlines() if line.strip()]
+        refusals = read_lines(settings.refusals)
+    except DataError as error:
+        raise ConfigError(f"--refusals {error}; one refusal a line is wanted here") from error
     if not refusals:
         raise ConfigError(f"--refusals {settings.refusals}: empty; expected one refusal a line")
     return refusals
-
-
-def refusal_of(query: Query, refusals: Sequence[str]) -> str:
-    """Queries take the refusals in turn, by their id, so that the choice hangs on the query alone."""
-    return refusals[int(hashlib.sha256(query.id.encode()).hexdigest(), 16) % len(refusals)]
 
 
 def gold_answer(query: Query) -> str | None:
@@ -173,7 +166,7 @@ def answer_targets(
     own = []
     for i, query in enumerate(queries):
         if query.role == "forget" and method.labels == "refusals":
-            labels[i] = answer_ids(tokenizer, refusal_of(query, refusals))
+            labels[i] = answer_ids(tokenizer, in_turn(query, refusals))
         elif settings.answers == "gold":
             labels[i] = answer_ids(tokenizer, gold_answer(query) or "")
         else:
@@ -183,7 +176,7 @@ def answer_targets(
         labels[i] = words
     if method.labels == "both":
         forget = [i for i, query in enumerate(queries) if query.role == "forget"]
-        labels += [answer_ids(tokenizer, refusal_of(queries[i], refusals)) for i in forget]
+        labels += [answer_ids(tokenizer, in_turn(queries[i], refusals)) for i in forget]
         prompts += [prompts[i] for i in forget]
         queries = [*queries, *(queries[i] for i in forget)]
     for query, prompt, words in zip(queries, prompts, labels, strict=True):

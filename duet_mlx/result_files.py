@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ def check_free(out: str, overwrite: bool) -> None:
             raise ConfigError(f"--out {out}: {name} in it is a folder, expected a file or nothing")
         if (folder / name).exists() and not overwrite:
             raise ConfigError(f"--out {out}: holds {name} already; name another folder, or add --overwrite")
-
-
-def make_folder(folder: Path, out: str) -> None:
-    """Make a folder of --out, or raise ConfigError: that nothing can be written is better known before all the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written to ({error.strerror})") from error
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

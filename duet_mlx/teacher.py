@@ -5,7 +5,6 @@ python -m duet_mlx.teacher -c config.yaml     # builds the targets, prints teach
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from . import __version__
 from .context import DATE, Context, check_fits, check_renders, render
-from .data import Query
+from .data import Query, digest, in_turn
 from .errors import ConfigError, ContextError, TrainingError, run_cli
 from .files import write_files
 from .methods import METHODS
@@ -81,7 +80,7 @@ def context_of(query: Query, contexts: Sequence[Context], retain_context: str) -
     if query.role != "forget":
         if retain_context == "none":
             return None
-        return contexts[int(hashlib.sha256(query.id.encode()).hexdigest(), 16) % len(contexts)]
+        return in_turn(query, contexts)
     if query.context is None:
         return contexts[0]
     for context in contexts:
@@ -226,9 +225,6 @@ def manifest(
         asked: the settings that they hang on; by default the teacher's.
     """
     from .model import weights_hash
-
-    def digest(value) -> str:
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     return {
         "model": weights_hash(model),

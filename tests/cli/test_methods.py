@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from duet_mlx.labels import refusals_of
 from duet_mlx.methods import METHODS
+from duet_mlx.train_settings import TrainSettings
 from tests.tiny_model import QUESTIONS, contents, replaced, write_questions
 
 RMU = ["--method-parameters", "layer=0", "c=2"]
@@ -87,6 +89,12 @@ def test_refusals_are_the_users_own(command, quick, tmp_path):
     file.write_text("No.\n")
     said = command("train", *answered(quick), "--method", "idkdpo", "--refusals", file, "--overwrite").out
     assert "targets: built now (settings changed" in said
+
+
+def test_refusals_are_read_as_their_files_come_quoted_or_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "refusals.txt"
+    file.write_text("\"No, never.\"\n\nI'm sorry, I can't.\n", encoding="utf-8-sig")
+    assert refusals_of(TrainSettings(refusals=str(file))) == ["No, never.", "I'm sorry, I can't."]
 
 
 REFUSED = {

@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten
 
 from duet_mlx import generate
 from duet_mlx.context import Context, render
-from duet_mlx.data import Query
+from duet_mlx.data import Query, in_turn
 from duet_mlx.head import check_head
-from duet_mlx.labels import refusal_of, refusals_of, targets_of
+from duet_mlx.labels import refusals_of, targets_of
 from duet_mlx.methods import METHODS, method_loss
 from duet_mlx.probe import answer_ids
 from duet_mlx.stream import Stream
@@ -141,5 +141,5 @@ def test_a_refusal_stands_beside_the_answer_to_its_own_question() -> None:
         assert words[: len(prompts[index])] == prompts[index]
         if row in (2, 3):
             labels = batch.ids[row, :, 0].tolist()
-            expected = answer_ids(TOKENIZER, refusal_of(queries[index], refusals))
+            expected = answer_ids(TOKENIZER, in_turn(queries[index], refusals))
             assert labels[: len(expected)] == expected

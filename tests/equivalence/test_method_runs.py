@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 
 from duet_mlx import model as backend
 from duet_mlx.checkpoint import Checkpoint
+from duet_mlx.data import in_turn
 from duet_mlx.generate import common_prefix
 from duet_mlx.head import check_head
-from duet_mlx.labels import gold_answer, refusal_of, refusals_of, targets_of
+from duet_mlx.labels import gold_answer, refusals_of, targets_of
 from duet_mlx.methods import method_loss, parameters, reads_retain
 from duet_mlx.probe import answer_ids
 from duet_mlx.stream import Stream
@@ -76,7 +77,7 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
     else:
         answers = unlearn.base_answers(base, prompts, run.settings.answer_tokens, stop)
     reader = partial(unlearn.read_layer, layer=0)
-    refusals = [answer_ids(TOKENIZER, refusal_of(query, refusals_of(run.settings))) for query in run.queries]
+    refusals = [answer_ids(TOKENIZER, in_turn(query, refusals_of(run.settings))) for query in run.queries]
 
     def side(labels: list[list[int]], chosen: list[int]) -> Labelled:
         return Labelled([prompts[i] for i in chosen], [labels[i] for i in chosen])
