@@ -9,14 +9,10 @@ given there: greedy ones would hang on rounding where two words are as likely.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import hypothesis
 import mlx.core as mx
@@ -25,8 +21,6 @@ import pytest
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 
-from duet_mlx import model as backend
-from duet_mlx.checkpoint import Checkpoint
 from duet_mlx.data import in_turn
 from duet_mlx.generate import common_prefix
 from duet_mlx.head import check_head
@@ -34,14 +28,14 @@ from duet_mlx.labels import gold_answer, refusals_of, targets_of
 from duet_mlx.methods import method_loss, parameters, reads_retain
 from duet_mlx.probe import answer_ids
 from duet_mlx.stream import Stream
-from duet_mlx.train import Prepared, TrainSettings, make_optimizer, make_step, train
+from duet_mlx.train import TrainSettings, make_optimizer, make_step
 from reference import adam, duet, lora, unlearn
 from reference import baselines as ref
 from reference.teacher import context_of
 from reference.unlearn import Labelled
 from tests.equivalence.noisy import Noisy
-from tests.equivalence.test_whole_runs import check_step, exact_adam, restart, rounded
-from tests.equivalence.twins import STEPS, TOKENIZER, Run, runs
+from tests.equivalence.test_whole_runs import check_run, check_step, free_run, restart, rounded
+from tests.equivalence.twins import TOKENIZER, Run, runs
 from tests.reference.exact_float64 import exact_float64
 
 few = hypothesis.settings(
@@ -153,32 +147,8 @@ def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
     if method == "rmu":  # its layer must be an adapted one
         settings = replace(settings, num_layers=-1)
     run = run._replace(settings=settings)
-    student, add_lora = run.student(), backend.add_lora
-    final: dict[str, mx.array] = {}
-
-    def put(model: Any, *_: Any, **__: Any) -> None:
-        run.put_lora(model, student, mx.float64, add_lora)
-
-    def keep(checkpoint: Checkpoint, **_: Any) -> None:  # MLX writes no float64
-        final.update(checkpoint.now.adapter)
-
-    with tempfile.TemporaryDirectory() as folder, exact_float64():
-        model = run.tiny.dense(mx.float64)
-        head, reason = check_head(model, mx.array([[1, 2, 3]]))
-        assert head is not None, reason
-        targets = targets_of(model, TOKENIZER, run.queries, run.contexts, settings, head)
-        manifest = {"model": backend.weights_hash(model)}
-        prepared = Prepared(
-            model, TOKENIZER, Path(folder), head, run.contexts, run.queries, targets, manifest, [], None
-        )
-        with (
-            patch("duet_mlx.model.add_lora", put),
-            patch("duet_mlx.train.make_optimizer", exact_adam),
-            patch.object(Checkpoint, "save", keep),
-        ):
-            train(replace(settings, adapter_path=folder), prepared)
-        log = [json.loads(line) for line in (Path(folder) / "train_log.jsonl").read_text().splitlines()]
-
+    student = run.student()
+    targets, log, final = free_run(run, student, targets_of)
     roles = np.array([query.role for query in run.queries])
     forget, kept = np.flatnonzero(roles == "forget"), np.flatnonzero(roles != "forget")
     stream = Stream(run.prompts(), targets, 0, forget)
@@ -186,12 +156,7 @@ def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
     steps = steps_of(run, student._replace(adapters={}), rows)
     reader = partial(unlearn.read_layer, layer=0) if method == "rmu" else unlearn.read
     after, losses = unlearn.run(student, steps, [row["learning_rate"] for row in log], reader)
-    assert len(losses) == STEPS
-    np.testing.assert_allclose([row["loss"] for row in log], losses, rtol=0, atol=1e-9)
-    arrays = lora.parameters(after.adapters)
-    assert final.keys() == arrays.keys()
-    for name, array in arrays.items():
-        np.testing.assert_allclose(np.array(final[name]), array, rtol=0, atol=1e-9, err_msg=name)
+    check_run(log, final, losses, after)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "kl"])

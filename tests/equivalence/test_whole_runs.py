@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -59,10 +59,9 @@ def exact_adam(settings: TrainSettings) -> Any:
     return optimizer
 
 
-@given(run=runs())
-@few
-def test_a_free_run_in_float64_is_the_references(run: Run) -> None:
-    student, add_lora = run.student(), backend.add_lora
+def free_run(run: Run, student: Any, read: Callable[..., Targets]) -> tuple[Targets, list[dict], dict[str, mx.array]]:
+    """`train` in float64 from the student's adapters: the targets that `read` gives, its log, its last adapters."""
+    add_lora = backend.add_lora
     final: dict[str, mx.array] = {}
 
     def put(model: Any, *_: Any, **__: Any) -> None:
@@ -75,7 +74,7 @@ def test_a_free_run_in_float64_is_the_references(run: Run) -> None:
         model = run.tiny.dense(mx.float64)
         head, reason = check_head(model, mx.array([[1, 2, 3]]))
         assert head is not None, reason
-        targets = teacher_targets(model, TOKENIZER, run.queries, run.contexts, run.settings, head)
+        targets = read(model, TOKENIZER, run.queries, run.contexts, run.settings, head)
         manifest = {"model": backend.weights_hash(model)}
         prepared = Prepared(
             model, TOKENIZER, Path(folder), head, run.contexts, run.queries, targets, manifest, [], None
@@ -87,7 +86,24 @@ def test_a_free_run_in_float64_is_the_references(run: Run) -> None:
         ):
             train(replace(run.settings, adapter_path=folder), prepared)
         log = [json.loads(line) for line in (Path(folder) / "train_log.jsonl").read_text().splitlines()]
+    return targets, log, final
 
+
+def check_run(log: list[dict], final: dict[str, mx.array], losses: list[float], after: Any) -> None:
+    """Losses of all steps and the last adapters are the reference's, to 1e-9."""
+    assert len(losses) == STEPS
+    np.testing.assert_allclose([row["loss"] for row in log], losses, rtol=0, atol=1e-9)
+    arrays = lora.parameters(after.adapters)
+    assert final.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(np.array(final[name]), array, rtol=0, atol=1e-9, err_msg=name)
+
+
+@given(run=runs())
+@few
+def test_a_free_run_in_float64_is_the_references(run: Run) -> None:
+    student = run.student()
+    targets, log, final = free_run(run, student, teacher_targets)
     expected = duet.teacher_targets(student._replace(adapters={}), **run.given())
     for name in ("ids", "candidate_mask", "position_mask", "continuation"):
         np.testing.assert_array_equal(getattr(targets, name), getattr(expected, name), err_msg=name)
@@ -96,12 +112,7 @@ def test_a_free_run_in_float64_is_the_references(run: Run) -> None:
     _, steps = run.stream(targets, 0)
     rates = [row["learning_rate"] for row in log]
     after, losses = duet.run(student, batches=[rows.tolist() for rows in steps], learning_rates=rates, **run.given())
-    assert len(losses) == STEPS
-    np.testing.assert_allclose([row["loss"] for row in log], losses, rtol=0, atol=1e-9)
-    arrays = lora.parameters(after.adapters)
-    assert final.keys() == arrays.keys()
-    for name, array in arrays.items():
-        np.testing.assert_allclose(np.array(final[name]), array, rtol=0, atol=1e-9, err_msg=name)
+    check_run(log, final, losses, after)
 
 
 # --- float32: each step by itself ---------------------------------------------------------------------------
