@@ -126,7 +126,7 @@ def hidden_states(
         before = rows
         if progress:
             progress(len(rows))
-    mx.eval(states)
+    mx.eval(lower.prefix, states)  # what a compiled step holds must be numbers: it cannot trace what made them
     return lower, states
 
 

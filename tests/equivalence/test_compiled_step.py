@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from duet_mlx.model import on_gpu
 from duet_mlx.stream import Stream
-from duet_mlx.train import TrainSettings, make_optimizer, make_step
-from tests.equivalence.test_invariants import random_targets, rounding, student
+from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
+from tests.equivalence.test_invariants import random_targets, rounding, student, upper_student
 from tests.equivalence.tiny import duet_loss
 
 
 @pytest.mark.skipif(not on_gpu() and not shutil.which("g++"), reason="on CPU, mx.compile calls g++")
-def test_a_compiled_step_has_the_loss_and_gradient_of_the_step_as_written() -> None:
+@pytest.mark.parametrize("prefix", [[], [3]])
+@pytest.mark.parametrize("below", [0, 2], ids=["all layers", "the layers below run once"])
+def test_a_compiled_step_has_the_loss_and_gradient_of_the_step_as_written(below: int, prefix: list[int]) -> None:
     """Three steps of one trace. At this learning rate no adapter moves in float32, so rounding cannot add up."""
     rng = np.random.default_rng(0)
     settings = TrainSettings(iters=3, learning_rate=1e-14)
     queries, n, width = 6, 2, 3
-    stream = Stream(
-        rng.integers(1, 9, size=(queries, 4)).tolist(), random_targets(rng, queries, n, width, mx.float32), 0
-    )
+    asked = [[*prefix, *row] for row in rng.integers(1, 9, size=(queries, 4)).tolist()]
+    stream = Stream(asked, random_targets(rng, queries, n, width, mx.float32), len(prefix))
     results = []
     for compiled in (False, True):
-        model = student(mx.float32)
+        model = upper_student(mx.float32, True) if below else student(mx.float32)
+        lower = run_lower(model, below, prefix, [stream])
         optimizer = make_optimizer(settings)
         optimizer.init(model.trainable_parameters())
-        step = make_step(model, optimizer, lambda m, b: duet_loss(m, b, [], None, 1.0, True), settings, compiled)
+
+        def loss(model: nn.Module, batch: Any, lower: Any = lower) -> tuple[mx.array, int]:
+            return duet_loss(model, batch, prefix, None, 1.0, True, lower)
+
+        step = make_step(model, optimizer, loss, settings, compiled)
         values = []
         for start in range(0, queries, 2):
             value, norm, carried = step(stream.batch(np.arange(start, start + 2)), None, 1)
