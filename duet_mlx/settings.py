@@ -28,7 +28,9 @@ def parse(
     argv: list[str] | None = None,
     recipes: dict[str, dict[str, Any]] | None = None,
 ) -> Settings:
-    """Settings from, weakest first: the dataclass, the recipe, the YAML file of `-c`, the flags.
+    """Settings from, weakest first: the dataclass, the recipe that `-c` names, the YAML file of `-c`, the flags.
+
+    A recipe named by a flag is stronger than the YAML file, as every flag is, and weaker than the other flags.
 
     Every field is a flag (`top_k` is `--top-k`). A dictionary's takes NAME=VALUE, as often as wanted, and what YAML
     gave under other names stays.
@@ -69,8 +71,10 @@ def parse(
         if name not in known:
             raise ConfigError(f"{file}: unknown key {name!r}{nearest(str(name), list(known))}")
         merged[name] = _checked(name, value, known[name], kinds[name])
-    recipe = merged.get("recipe", "default")
-    return cls(**{**(recipes or {}).get(recipe, {}), **merged})
+    recipe = (recipes or {}).get(merged.get("recipe", "default"), {})
+    if "recipe" in given:
+        merged |= {name: value for name, value in recipe.items() if name not in given}
+    return cls(**{**recipe, **merged})
 
 
 class _Parser(argparse.ArgumentParser):

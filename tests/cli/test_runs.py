@@ -178,6 +178,9 @@ def test_the_papers_recipe_and_flags_over_it(tmp_path):
     both = parsed("-c", str(file), "--top-k", "9")
     assert (both.recipe, both.positions, both.top_k, both.candidates) == ("paper", 5, 9, "teacher")
     assert parsed("-c", str(file), "--recipe", "default").candidates == "union"
+    file.write_text("positions: 5\ntop_k: 7\nfirst_share: 0.3\n")
+    named = parsed("-c", str(file), "--recipe", "paper", "--first-share", "0.1")  # a flag is stronger than the file
+    assert (named.positions, named.top_k, named.candidates, named.first_share) == (1, 7, "teacher", 0.1)
 
 
 def test_yaml_reads_as_a_person_means_it(tmp_path):
