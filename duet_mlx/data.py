@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from duet_mlx.errors import DataError, nearest
+from duet_mlx.errors import ConfigError, DataError, nearest
 
 Choice = TypeVar("Choice")
 ROLES = ("forget", "retain", "neighbour")
@@ -79,6 +79,20 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not records:
         raise DataError(f'{path}: the file is empty; expected one {{"question": "…"}} a line')
     return records
+
+
+def spread(queries: list[Query], count: int, flag: str) -> list[Query]:
+    """So many of the queries, at even distances and in their order: files go by subject, and all keep their share.
+
+    Args:
+        count: 0 for all.  flag: the flag that asks for it, for the message.
+
+    Raises:
+        ConfigError: more than there are.
+    """
+    if count > len(queries):
+        raise ConfigError(f"{flag} {count}: the files hold {len(queries)}; expected at most as many, or 0 for all")
+    return [queries[i * len(queries) // count] for i in range(count)] if count else queries
 
 
 def check_disjoint(forget: Iterable[Query], retain: Iterable[Query]) -> None:

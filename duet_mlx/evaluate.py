@@ -4,7 +4,7 @@
     python -m duet_mlx.evaluate --model M --adapter-path A --benchmark tofu:forget10 --out DIR
 
 Every column is the same base in memory: it answers, answers behind --context, then the adapter is put on it.
-Groups: forget, general (--retain), neighbours, and the forget questions behind each reverse prompt.
+Groups: forget, general (--retain), neighbours, those of --also, and the forget questions behind each reverse prompt.
 Answers are kept in DIR/answers on the way (kept_answers.py): a run that was cut off goes on from them.
 metrics.py says what is measured, scores.py joins answers and metrics, report.py shows them; of benchmarks, these are
 measures.py, benchmark_metrics.py and benchmark_scores.py.
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import report
 from .benchmark_run import Benchmarks, check_prompts, describe, load_benchmarks, replies_of, rows_and_samples
-from .data import Query, check_disjoint, digest, file_hash, load_queries
+from .data import Query, digest, file_hash, spread
 from .errors import ConfigError, ModelError, note, run_cli
 from .files import make_folder
-from .metrics import FORGET, GENERAL, NEIGHBOURS
+from .groups import groups_of, reverse_prompts
+from .metrics import FORGET
 from .provenance import described
 from .result_files import KEPT, SAMPLES, check_free, finite, write
 from .scores import Asked, Column, rows_of, score
@@ -44,6 +45,12 @@ class EvaluateSettings:
     forget: tuple[str, ...] = setting((), "JSONL files of questions that should be forgotten")
     retain: tuple[str, ...] = setting((), "JSONL files of general questions whose answers should stay")
     neighbours: tuple[str, ...] = setting((), "JSONL files of questions near the topic, to stay as well")
+    forget_questions: int = setting(0, "ask only so many of --forget, evenly spread over the files (0: all)")
+    retain_questions: int = setting(0, "the same for --retain")
+    neighbour_questions: int = setting(0, "the same for --neighbours")
+    also: tuple[str, ...] = setting(
+        (), "GROUP=questions.jsonl: a group of its own; to be forgotten if its name begins with forget, else to stay"
+    )
     benchmark: tuple[str, ...] = setting(
         (), "tofu:forget10, muse:News, rwku:2_Confucius, mmlu, wmdp:bio, qa:GROUP@FILE; …@FOLDER reads local files"
     )
@@ -75,16 +82,14 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         KeyboardInterrupt: with a line that says how to go on.
     """
     _check(settings)
-    prompts = _reverse_prompts(settings)
-    groups = _groups(settings)
+    prompts = reverse_prompts(settings.reverse_prompts)
+    groups = groups_of(settings)
     benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
     asked = [Asked(group, query) for group, queries in groups.items() for query in queries]
     forget = groups.get(FORGET, [])
-    count = len(forget)
-    tried = min(settings.reverse_questions or count, count)
-    spread = [forget[i * count // tried] for i in range(tried)]
+    behind = spread(forget, min(settings.reverse_questions, len(forget)), "--reverse-questions")
     for number, (place, prompt) in enumerate(prompts, 1):
-        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in spread]
+        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
     contexts = _contexts(settings, forget)
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
@@ -125,12 +130,15 @@ def _check(settings: EvaluateSettings) -> None:
     require(settings, "model", "out")
     if not settings.benchmark:
         require(settings, "forget")
-    elif not settings.forget and (settings.retain or settings.neighbours or settings.reverse_prompts):
-        raise ConfigError("--retain, --neighbours and --reverse-prompts go with --forget, which is missing")
+    elif not settings.forget and (settings.retain or settings.neighbours or settings.also or settings.reverse_prompts):
+        raise ConfigError("--retain, --neighbours, --also and --reverse-prompts go with --forget, which is missing")
     for name in ("max_tokens", "batch_size"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 1 or more")
-    for name in ("seed", "reverse_questions", "benchmark_questions"):
+    for name in (
+        "seed", "reverse_questions", "benchmark_questions", "forget_questions", "retain_questions",
+        "neighbour_questions",
+    ):  # fmt: skip
         if getattr(settings, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
     for name in ("topic", "context_name"):
@@ -140,33 +148,6 @@ def _check(settings: EvaluateSettings) -> None:
     adapter = settings.adapter_path
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise ModelError(f"--adapter-path {adapter}: no adapter_config.json in it")
-
-
-def _reverse_prompts(settings: EvaluateSettings) -> list[tuple[str, str]]:
-    """(file:line, prompt) of each line that is not blank."""
-    if settings.reverse_prompts is None:
-        return []
-    file = settings.reverse_prompts
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--reverse-prompts {file}: cannot be read ({error})") from error
-    prompts = [(f"{file}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise ConfigError(f"--reverse-prompts {file}: empty; expected one prompt a line")
-    return prompts
-
-
-def _groups(settings: EvaluateSettings) -> dict[str, list[Query]]:
-    groups = {FORGET: load_queries(settings.forget, "forget")} if settings.forget else {}
-    if settings.retain:
-        groups[GENERAL] = load_queries(settings.retain, "retain")
-    if settings.neighbours:
-        groups[NEIGHBOURS] = load_queries(settings.neighbours, "neighbour")
-    for name, queries in groups.items():
-        if name != FORGET:
-            check_disjoint(groups[FORGET], queries)
-    return groups
 
 
 def _contexts(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:

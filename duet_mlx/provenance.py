@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import BLAS, __version__, measures
 from .context_file import READY
 from .data import file_hash
+from .groups import own_groups
 
 if TYPE_CHECKING:
     from .evaluate import EvaluateSettings
@@ -30,6 +31,7 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
     files: dict[str, Sequence[str]] = {}
     for name in ("forget", "retain", "neighbours"):
         files[name] = getattr(settings, name)
+    files["also"] = [file for _, file in own_groups(settings.also)]
     for name in ("context", "reverse_prompts"):
         path = getattr(settings, name)
         files[name] = (path,) if path is not None and path not in READY else ()

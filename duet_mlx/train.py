@@ -19,7 +19,7 @@ import numpy as np
 from . import BLAS
 from .checkpoint import Checkpoint, State, adapter_config
 from .context import Context, load_contexts, render
-from .data import Query, check_disjoint, load_queries
+from .data import Query, check_disjoint, load_queries, spread
 from .errors import TrainingError, run_cli
 from .files import folder_for_adapter, only_run_in, write_text
 from .labels import asked_of, check_answers, check_method, targets_of
@@ -53,12 +53,15 @@ class Prepared(NamedTuple):
 def read_questions(settings: TrainSettings) -> tuple[list[Query], list[Query], list[Context]]:
     """The questions to train on, those to watch, and the contexts, checked as far as that goes without a model."""
     forget = load_queries(settings.forget, "forget")
-    kept = load_queries(settings.retain, "retain") if settings.retain else []
-    kept += load_queries(settings.neighbours, "neighbour") if settings.neighbours else []
+    retain = load_queries(settings.retain, "retain") if settings.retain else []
+    neighbours = load_queries(settings.neighbours, "neighbour") if settings.neighbours else []
     valid = load_queries(settings.valid_forget, "forget") if settings.valid_forget else []
     valid += load_queries(settings.valid_retain, "retain") if settings.valid_retain else []
-    check_disjoint(forget, kept)
-    check_disjoint(forget + kept, valid)
+    check_disjoint(forget, retain + neighbours)
+    check_disjoint(forget + retain + neighbours, valid)
+    forget = spread(forget, settings.forget_questions, "--forget-questions")
+    kept = spread(retain, settings.retain_questions, "--retain-questions")
+    kept = kept + spread(neighbours, settings.neighbour_questions, "--neighbour-questions")
     check_answers(forget + kept + valid, settings)
     # Trained on answers, a method reads no context.
     taught = METHODS[settings.method].labels == "teacher"

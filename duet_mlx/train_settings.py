@@ -33,6 +33,9 @@ class TrainSettings:
     forget: tuple[str, ...] = setting((), "JSONL files of questions to forget")
     retain: tuple[str, ...] = setting((), "JSONL files of questions whose answers must stay")
     neighbours: tuple[str, ...] = setting((), "JSONL files of retain questions close to the topic")
+    forget_questions: int = setting(0, "train on only so many of these, evenly spread over the files (0: all)")
+    retain_questions: int = setting(0, "the same for the questions of --retain")
+    neighbour_questions: int = setting(0, "the same for the questions of --neighbours")
     valid_forget: tuple[str, ...] = setting((), "JSONL files of forget questions to watch, never trained on")
     valid_retain: tuple[str, ...] = setting((), "JSONL files of retain questions to watch, never trained on")
     context: str = setting("", "unlearning context: a YAML file, or specific, refuse-all, unrelated (with --topic)")
@@ -84,7 +87,8 @@ def parse_settings(prog: str, description: str, argv: list[str] | None = None) -
     require(settings, "model", "forget", *(["context"] if METHODS[settings.method].labels == "teacher" else []))
     for name, least in (("positions", 1), ("top_k", 1), ("iters", 1), ("batch_size", 1), ("max_seq_length", 1),
                         ("grad_accumulation_steps", 1), ("steps_per_report", 1), ("steps_per_eval", 0),
-                        ("save_every", 0), ("max_grad_norm", 0), ("seed", 0), ("answer_tokens", 1)):  # fmt: skip
+                        ("save_every", 0), ("max_grad_norm", 0), ("seed", 0), ("answer_tokens", 1),
+                        ("forget_questions", 0), ("retain_questions", 0), ("neighbour_questions", 0)):  # fmt: skip
         if getattr(settings, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected {least} or more")
         bits = 64 if name == "seed" else 31

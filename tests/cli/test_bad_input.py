@@ -41,6 +41,14 @@ def test_a_file_that_is_not_there(refused, quick, tmp_path, flag):
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_more_questions_than_the_files_hold(refused, quick, model, data, tmp_path, name):
+    flags = quick if name == "train" else ["--model", model, *data[:4], "--out", tmp_path / "out"]
+    refused(name, *flags, "--forget-questions", 7, says=("--forget-questions 7", "hold 6", "0 for all"))
+    refused(name, *flags, "--retain-questions", 9, says=("--retain-questions 9", "hold 8", "0 for all"))
+    refused(name, *flags, "--retain-questions", -1, says=("--retain-questions -1", "0 or more"))
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_a_question_on_both_sides(refused, quick, model, data, tmp_path, name):
     file = write_questions(tmp_path / "mine.jsonl", ["A new one?", QUESTIONS["forget"][2].upper()])
     flags = quick if name == "train" else ["--model", model, *data[:4], "--out", tmp_path / "out"]

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from safetensors import safe_open
 
 from duet_mlx.train import parse_settings
 from tests.tiny_model import contents, replaced, tiny_model, write_questions
@@ -125,17 +126,29 @@ def test_targets_are_reused_or_rebuilt_with_the_reason(command, quick, trained, 
     context = tmp_path / "context.yaml"
     context.write_text("system: Say nothing at all.\n")
     new = write_questions(tmp_path / "new.jsonl", ["Who is new?"])
+    both = write_questions(tmp_path / "both.jsonl", ["Who is near?", "Who is nearer?"])
     for flags, changed in (
         (["--positions", "2"], "settings"),
         (["--candidates", "teacher"], "settings"),
         (["--context", str(context)], "context"),
         (["--retain", str(new)], "data"),
+        (["--forget-questions", "5"], "data"),
+        (["--retain-questions", "7"], "data"),
+        (["--retain", str(new), "--neighbours", str(both), "--neighbour-questions", "1"], "data"),
     ):
         (trained / "targets.safetensors").write_bytes(before)
         said = command("train", *quick, "--iters", 1, *flags, "--overwrite").out
         assert f"targets: built now ({changed} changed since" in said, said
     (trained / "targets.safetensors").write_bytes(before[:200])
     assert "is damaged" in command("train", *quick, "--overwrite").out
+
+
+def test_fewer_questions_of_each_kind_are_trained_on(command, quick, tmp_path):
+    near = write_questions(tmp_path / "near.jsonl", ["Who is near?", "Who is nearer?", "Who is nearest?"])
+    flags = ["--forget-questions", 2, "--retain-questions", 3, "--neighbours", near, "--neighbour-questions", 1]
+    assert command("train", *quick, *flags).code == 0
+    with safe_open(tmp_path / "adapters" / "targets.safetensors", framework="np") as file:
+        assert file.get_tensor("ids").shape[0] == 2 + 3 + 1
 
 
 def test_settings_of_the_student_leave_the_targets(command, quick, trained):

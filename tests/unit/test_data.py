@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duet_mlx.data import Query, check_disjoint, file_hash, load_queries, question_key
-from duet_mlx.errors import DataError
+from duet_mlx.data import Query, check_disjoint, file_hash, load_queries, question_key, spread
+from duet_mlx.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -211,3 +211,20 @@ def test_a_file_that_cannot_be_opened_says_what_the_system_says(monkeypatch, wri
     monkeypatch.setattr("pathlib.Path.read_bytes", refused)
     with pytest.raises(DataError, match=r"q\.jsonl: cannot be read \(Permission denied\)"):
         load_queries([path], "forget")
+
+
+@given(st.integers(1, 60).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size))))
+def test_fewer_questions_are_so_many_in_order_and_at_even_distances(sizes):
+    size, count = sizes
+    queries = [Query(str(number), f"Who is {number}?", "forget") for number in range(size)]
+    chosen = [int(query.id) for query in spread(queries, count, "--forget-questions")]
+    assert len(chosen) == count and chosen[0] == 0
+    gaps = [after - before for before, after in zip(chosen, [*chosen[1:], size], strict=True)]
+    assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+def test_no_number_of_questions_is_all_and_more_than_there_are_is_refused():
+    queries = [Query(str(number), f"Who is {number}?", "forget") for number in range(3)]
+    assert spread(queries, 0, "--forget-questions") == queries
+    with pytest.raises(ConfigError, match="--forget-questions 4: the files hold 3"):
+        spread(queries, 4, "--forget-questions")

@@ -129,7 +129,7 @@ def test_a_whole_run_leaves_the_three_files_with_every_model_group_and_metric(se
     assert {"id", "group", "question", "model", "answer", "recall", "f1", "refused", "broken"} <= samples[0].keys()
 
     meta = saved["meta"]
-    assert set(meta["data"]) == {"forget", "retain", "neighbours", "context", "reverse_prompts"}
+    assert set(meta["data"]) == {"forget", "retain", "neighbours", "also", "context", "reverse_prompts"}
     assert meta["reverse_prompts"] == ["Ignore it.", "Tell me all:"]
     assert meta["settings"]["max_tokens"] == 6 and len(meta["base_weights"]) == 64
     assert set(meta["worst_reverse"]) == {"base", "base + context", "unlearned"}
@@ -161,6 +161,34 @@ def test_fewer_questions_behind_reverse_prompts_are_spread_over_all(settings, tm
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     asked = [sample["id"] for sample in samples if sample["group"] == "forget, reverse 2"]
     assert asked == ["forget:1", "forget:2"]
+
+
+def test_fewer_questions_are_asked_of_each_group(settings, tmp_path):
+    fewer = but(settings, adapter_path=None, context=None, reverse_prompts=None)
+    results = ev.evaluate(but(fewer, forget_questions=2, retain_questions=1, neighbour_questions=1))
+    assert results["meta"]["questions"] == {"forget": 2, "general": 1, "neighbours": 1}
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["id"] for sample in samples] == ["forget:1", "forget:2", "retain:1", "neighbours:1"]
+
+
+def test_a_group_of_ones_own_has_the_directions_that_its_name_says(settings, room, tmp_path):
+    for name in ("gone", "stays"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": f"Is it {name}?"}) + "\n")
+    also = (f"forget, yes or no={tmp_path / 'gone.jsonl'}", f"general, yes or no = {tmp_path / 'stays.jsonl'}")
+    results = ev.evaluate(but(settings, also=also))
+    own = {
+        (row["model"], row["group"]): row["direction"]
+        for row in results["rows"]
+        if "yes or no" in row["group"] and row["metric"] == "recall"
+    }
+    directions = {"forget, yes or no": "lower", "general, yes or no": "higher"}
+    assert own == {
+        (model, group): directions[group] for model in ("base", "base + context", "unlearned") for group in directions
+    }
+    assert list(results["meta"]["data"]["also"]) == [str(tmp_path / "gone.jsonl"), str(tmp_path / "stays.jsonl")]
+    # They are no part of the groups that are always there, and are asked behind no reverse prompt.
+    assert results["meta"]["questions"] == {"forget": 3, "general": 2, "neighbours": 2, **dict.fromkeys(directions, 1)}
+    assert max(row["n"] for row in results["rows"] if row["group"] == "forget, reverse 1") == 3
 
 
 def test_the_users_system_prompt_reaches_the_models(settings, tmp_path):
@@ -298,6 +326,10 @@ def wrong(room, tmp_path):
         "no batch": ({"batch_size": 0}, ConfigError, "--batch-size"),
         "seed": ({"seed": -1}, ConfigError, "--seed"),
         "fewer than none": ({"reverse_questions": -1}, ConfigError, "--reverse-questions"),
+        "a group without a file": ({"also": ("mine",)}, ConfigError, "--also 'mine': expected GROUP="),
+        "a group twice": ({"also": (f"general={room / 'forget.jsonl'}",)}, ConfigError, "there is a group 'general'"),
+        "a group called reverse": ({"also": ("forget, reverse 1=x",)}, ConfigError, "reverse prompts"),
+        "a group that shall go and stay": ({"also": (f"mine={room / 'forget.jsonl'}",)}, DataError, "Remove them"),
         "topic alone": ({"context": None, "topic": "owls"}, ConfigError, "--topic"),
         "context missing": ({"context": str(tmp_path / "c.yaml")}, ContextError, "c.yaml"),
         "no such context": ({"context_name": "other"}, ConfigError, "other"),
@@ -312,7 +344,8 @@ def wrong(room, tmp_path):
 WRONG = (
     "results there already", "out is a file", "no forget", "no model", "model missing",
     "questions missing", "same questions", "no adapter there", "no tokens", "no batch", "seed",
-    "fewer than none", "topic alone", "context missing", "no such context", "context of a question",
+    "fewer than none", "a group without a file", "a group twice", "a group called reverse",
+    "a group that shall go and stay", "topic alone", "context missing", "no such context", "context of a question",
     "no prompts", "prompts missing", "beside", "a row beside",
 )  # fmt: skip
 
