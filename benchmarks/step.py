@@ -14,7 +14,7 @@ from duet_mlx.head import find_head
 from duet_mlx.loop import make_optimizer, make_step
 from duet_mlx.methods import method_loss
 from duet_mlx.model import add_lora, load_model, lora_keys, on_gpu
-from duet_mlx.stream import WIDTHS, Stream
+from duet_mlx.stream import Stream
 from duet_mlx.teacher import teacher_targets
 
 from .bench import Bench, long_context, mean
@@ -61,8 +61,9 @@ def training_step(bench: Bench) -> Iterator[Row]:
     def stream(prefix: int) -> Stream:
         return Stream(prompts, targets, prefix, rows)
 
-    whole = stream(0).batch(rows)
-    plain = plain_batch(prompts, behind, words, WIDTHS)
+    unshared = stream(0)
+    whole = unshared.batch(rows)
+    plain = plain_batch(prompts, behind, words, unshared.multiple)
     losses = {
         "ours": (method_loss(settings, prompts[0][:length], head), stream(length).batch(rows)),
         "ours, no prefix shared": (method_loss(settings, [], head), whole),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
     from .train_settings import TrainSettings
 
-WIDTHS = 4  # batch widths are multiples of this: few distinct shapes, so mx.compile traces seldom
+# On a GPU batch widths are multiples of this: mx.compile keeps a trace for each shape. On a CPU steps are not compiled.
+WIDTHS = 4
+# Steps whose queries are sorted together. On the demo's questions 8.5 % of the tokens are padding on a GPU and 3.5 %
+# on a CPU; 16 steps give 10.3 % and 5.6 %, a whole epoch 8.0 % and 2.9 % (`python -m benchmarks --only padding`).
+WINDOW = 64
 
 
 class Stream:
@@ -24,6 +29,8 @@ class Stream:
         self, prompts: Sequence[Sequence[int]], targets: Targets, prefix: int, forget: Sequence[int] | np.ndarray = ()
     ):
         """N prompts; if there are targets for more rows, these are the refusals of the `forget` queries, in order."""
+        from .model import on_gpu
+
         self.targets, self.forget = targets, np.array(forget, dtype=int)
         second = [prompts[i] for i in forget] if len(targets.ids) > len(prompts) else []
         self.refusals = {row: len(prompts) + place for place, row in enumerate(forget)} if second else {}
@@ -36,20 +43,27 @@ class Stream:
         ]
         self.lengths = np.array([len(s) for s in self.sequences])
         self.hidden: list[mx.array] | None = None  # lower.hidden_states of the sequences
+        self.multiple = WIDTHS if on_gpu() else 1
+        self.widths: list[int] = []  # of the batches of the first epoch
+
+    def width(self, rows: np.ndarray) -> int:
+        """The width that these query indices are padded to: after the first epoch none that was not there in it."""
+        rows = np.concatenate([rows, [self.refusals[row] for row in rows if row in self.refusals]]).astype(int)
+        width = -(-int(self.lengths[rows].max()) // self.multiple) * self.multiple
+        return width if self.multiple == 1 else min((w for w in self.widths if w >= width), default=width)
 
     def batch(self, rows: np.ndarray):
-        """The batch of these query indices, forget queries first, padded to a multiple of WIDTHS."""
+        """The batch of these query indices, forget queries first."""
         import mlx.core as mx
 
         from .generate import pad
         from .losses import Batch
         from .lower import padded
 
-        count = int(np.isin(rows, self.forget).sum())
+        count, width = int(np.isin(rows, self.forget).sum()), self.width(rows)
         if self.refusals:
             again = np.array([self.refusals[row] for row in rows[:count]], dtype=int)
             rows = np.concatenate([rows[:count], again, rows[count:]])
-        width = -(-int(self.lengths[rows].max()) // WIDTHS) * WIDTHS
         start = np.array([len(self.suffixes[row]) - 1 for row in rows])
         n = self.targets.position_mask.shape[1]
         positions = np.minimum(start[:, None] + np.arange(n), self.lengths[rows][:, None] - 1)
@@ -71,15 +85,17 @@ class Stream:
     def schedule(self, forget: np.ndarray, kept: np.ndarray, settings: TrainSettings) -> list[np.ndarray]:
         """Query indices of every step: both roles in epochs of their own, batches of like length.
 
-        Draws of `window` steps are sorted by length before they are cut, and the batches shuffled again: padding
-        stays low, and every query still comes once an epoch.
+        Draws of WINDOW steps are sorted by length before they are cut, and the batches shuffled again: padding stays
+        low, every batch has its share of both roles, and every query still comes once an epoch. A window is no longer
+        than an epoch, or the copies of one query would lie side by side in it and share a batch.
         """
         random = np.random.default_rng(settings.seed)
         f, r = settings.forget_per_batch, settings.batch_size - settings.forget_per_batch
         r = r if len(kept) else 0  # some baselines read no retain questions
         draws = [_epochs(random, role) for role in (forget, kept)]
+        epochs = [len(role) / each for role, each in ((forget, f), (kept, r)) if each]  # in steps
+        window = max(1, min(WINDOW, int(min(epochs))))
         steps: list[np.ndarray] = []
-        window = 16
         while len(steps) < settings.iters:
             parts = []
             for draw, each in zip(draws, (f, r), strict=True):
@@ -87,7 +103,11 @@ class Stream:
                     rows = np.array([next(draw) for _ in range(window * each)])
                     parts.append(rows[np.argsort(self.lengths[rows], kind="stable")].reshape(window, each))
             steps += list(random.permutation(np.concatenate(parts, axis=1)))
-        return steps[: settings.iters]
+        steps = steps[: settings.iters]
+        first = steps[: math.ceil(max(epochs) / window) * window]  # whole windows: the longest query is among them
+        self.widths = []
+        self.widths = sorted({self.width(rows) for rows in first})
+        return steps
 
 
 def _epochs(random: np.random.Generator, rows: np.ndarray) -> Iterator[int]:

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from duet_mlx.model import on_gpu
-from duet_mlx.stream import Stream
+from duet_mlx.stream import WIDTHS, Stream
 from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
 from tests.equivalence.test_invariants import random_targets, rounding, student, upper_student
 from tests.equivalence.tiny import duet_loss
@@ -56,3 +56,27 @@ def test_a_compiled_step_has_the_loss_and_gradient_of_the_step_as_written(below:
         for name, mean in means.items():
             atol = size * rounding(mx.float32, 20 * largest)
             np.testing.assert_allclose(fused_means[name], mean, rtol=0, atol=atol, err_msg=name)
+
+
+def test_a_compiled_step_is_traced_once_for_each_shape_of_the_first_epoch_and_never_after() -> None:
+    """Tracing runs the Python of the loss and computes nothing, so no compiler is called here."""
+    rng = np.random.default_rng(0)
+    prompts = [[1] * int(length) for length in 2 + rng.geometric(0.05, size=48)]  # few of them long
+    stream = Stream(prompts, random_targets(rng, 48, 2, 3, mx.float32), 0)
+    stream.multiple = WIDTHS  # as on a GPU
+    settings = TrainSettings(iters=36, batch_size=4, forget_per_batch=2)
+    steps = stream.schedule(np.arange(22), np.arange(22, 48), settings)  # windows of 11 steps, epochs of 11 and 13
+    model, traced = student(mx.float32), []
+    optimizer = make_optimizer(settings)
+    optimizer.init(model.trainable_parameters())
+
+    def loss(model: nn.Module, batch: Any) -> tuple[mx.array, int]:
+        traced.append(batch.tokens.shape)
+        return duet_loss(model, batch, [], None, 1.0, True)
+
+    step = make_step(model, optimizer, loss, settings, compiled=True)
+    for number, rows in enumerate(steps):
+        step(stream.batch(rows), None, 1)
+        if number == 21:
+            first = list(traced)
+    assert traced == first and len(first) == len(set(first)) > 1
