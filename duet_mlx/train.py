@@ -237,7 +237,12 @@ def main() -> None:
     from .parallel import as_rank
 
     with as_rank(settings) as settings:
-        path = train(settings, prepare(settings))
+        try:
+            path = train(settings, prepare(settings))
+        except BrokenPipeError as error:  # before the first step: from there on `train` saves and says so
+            raise TrainingError(
+                "nobody reads the output any more (a closed pipe): stopped before the first step, nothing is trained"
+            ) from error
         print(f"adapter: {path} (for mlx_lm.generate --adapter-path, mlx_lm.server, mlx_lm.fuse --dequantize)")
 
 

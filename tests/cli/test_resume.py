@@ -318,3 +318,13 @@ def test_a_closed_pipe_saves_and_says_so(quick, tmp_path):
     assert process.returncode == 2 and 1 <= step < 5000
     assert error.startswith("error: ") and error.count("\n") == 1
     assert f"a closed pipe): stopped at step {step}; saved" in error
+
+
+def test_a_pipe_closed_before_the_first_step_is_said(quick, tmp_path):
+    train = [sys.executable, "-m", "duet_mlx.train", *quick]
+    with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        _, error = process.communicate()
+    assert process.returncode == 2 and error.count("\n") == 1
+    assert error.startswith("error: nobody reads the output any more (a closed pipe): stopped before the first step")
+    assert not (tmp_path / "adapters" / "adapters.safetensors").exists()
