@@ -15,6 +15,7 @@ import numpy as np
 from . import metrics
 from .data import digest
 from .errors import ModelError, note
+from .fluency import surprises
 from .generate import decode, stop_ids
 from .head import check_head
 from .kept_answers import KeptAnswers, Unit
@@ -36,6 +37,7 @@ def column(
     prompts: list[list[int]],
     contexts: Sequence[Context | None],
     base: Column | None,
+    judged: Sequence[Sequence[int]] | None,
     settings: EvaluateSettings,
     file: Path,
     hangs_on: dict[str, Any],
@@ -43,8 +45,13 @@ def column(
     """What one model says to all prompts, and how probable it finds the words of `base` (None: its own).
 
     A pass over the base's answers gives both their probability and how far this model would say the same, so that
-    it is decoded from there alone. Answers are kept in `file` on the way, and taken from there if nothing changed:
+    it is decoded from there alone. Another pass shows the base those answers that are not its own, for their
+    perplexity (fluency.py). Answers are kept in `file` on the way, and taken from there if nothing changed:
     neither `hangs_on`, which says what makes the model, nor what it is asked.
+
+    Args:
+        judged: what the base reads before it judges an answer: the prompts without context. None: the base is not in
+            memory, as when another model is asked.
 
     Raises:
         ModelError: logits that are not finite.
@@ -52,7 +59,7 @@ def column(
     from tqdm import tqdm
 
     parts = _parts(asked, prompts, contexts, 4 * settings.batch_size)
-    described = {**hangs_on, **_described(asked, prompts, contexts, base, settings)}
+    described = {**hangs_on, **_described(asked, prompts, contexts, base, settings), "judged": digest(judged)}
     kept = KeptAnswers(file, name, described, [len(rows) for rows in parts])
     done = sum(len(rows) for rows in parts[: len(kept.units)])
     head = None
@@ -66,6 +73,7 @@ def column(
     def answer(rows: list[int]) -> Unit:
         ids: dict[int, list[int]] = {i: [] for i in rows}
         probabilities: dict[int, float | None] = dict.fromkeys(rows)
+        surprise: dict[int, float | None] = dict.fromkeys(rows)
         left = dict.fromkeys(rows, settings.max_tokens)  # prompts to be answered, and tokens left to each
         plain = not asked[rows[0]].prefix
         if base is not None and plain:
@@ -90,8 +98,15 @@ def column(
                 ids[i] = ids[i] + tokens
                 if base is None and plain:
                     probabilities[i] = mean_of_words(seen, words_of(i, tokens))
+                    surprise[i] = -float(np.log(seen[: len(tokens)]).mean()) if tokens else None
             bar.update(len(batch.rows))
-        return Unit([ids[i] for i in rows], [probabilities[i] for i in rows])
+        if base is not None and plain and judged is not None:
+            surprise |= {i: base.surprises[i] for i in rows if ids[i] == base.ids[i]}
+            others = [i for i in rows if ids[i] != base.ids[i]]
+            bar.total = (bar.total or 0) + len(others)
+            judgements = surprises(model, [judged[i] for i in others], [ids[i] for i in others], head, bar.update)
+            surprise |= zip(others, judgements, strict=True)
+        return Unit([ids[i] for i in rows], [probabilities[i] for i in rows], [surprise[i] for i in rows])
 
     with tqdm(total=len(prompts), initial=done, desc=name, unit="q", file=sys.stderr, disable=None) as bar:
         for rows in parts[len(kept.units) :]:
@@ -100,13 +115,13 @@ def column(
         count, seconds = len(prompts) - done, time.perf_counter() - start
         note(f"{name}: {count} answers in {seconds:.0f} s, {count / seconds:.1f} a second")
     by_row = {
-        i: both
+        i: all_three
         for rows, unit in zip(parts, kept.units, strict=True)
-        for i, *both in zip(rows, unit.ids, unit.probabilities, strict=True)
+        for i, *all_three in zip(rows, *unit, strict=True)
     }
-    all_ids, all_probabilities = zip(*(by_row[i] for i in range(len(prompts))), strict=True)
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in all_ids]
-    return Column(texts, list(all_ids), list(all_probabilities))
+    ids, probabilities, surprise = (list(part) for part in zip(*(by_row[i] for i in range(len(prompts))), strict=True))
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in ids]
+    return Column(texts, ids, probabilities, surprise)
 
 
 def _parts(

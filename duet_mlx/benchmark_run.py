@@ -6,8 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,16 +63,19 @@ def check_prompts(
     """Render every question, so that no fault is found after the first answer.
 
     Raises:
-        DataError: a prompt too long for the model's window of `limit`, or with a control token.  ContextError.
+        DataError: a prompt that, with the answers behind it, is too long for the model's window of `limit`, or holds a
+            control token; with benchmark, file and row.  ContextError.
     """
-    from .probe import prompt_of, room
+    from .probe import longest, prompt_of
 
-    for items in benchmarks.values():
+    for name, items in benchmarks.items():
         for item in items:
+            n = longest(tokenizer, item, settings.max_tokens)
             for context in (None, *contexts[:1]):
                 tokens = len(prompt_of(tokenizer, item, context, settings.system))
-                n = room(tokenizer, item, settings.max_tokens)
-                check_fits(item.id, item.question, tokens, n, "the model's window", limit)
+                behind = f" behind the context {context.name!r}" if context else ""
+                place = f"--benchmark {name}: {item.id}{behind}"
+                check_fits(place, item.question, tokens, n, "the model's window", limit)
 
 
 def replies_of(
@@ -93,7 +95,7 @@ def replies_of(
     Args:
         column: the model's name in the table.  settings: of the evaluation.
         identity: what tells the model apart (hashes).
-        same_base: whether the model without its adapter is the base, so that the base can judge its answers.
+        same_base: whether the model with LoRA switched off is the base, so that the base can judge its answers.
     """
     from tqdm import tqdm
 
@@ -124,28 +126,13 @@ def replies_of(
 
 def judge(model: nn.Module, tokenizer: Any, items: Sequence[Item], replies: Sequence[Reply], system: str = "") -> None:
     """Give each "qa" reply its mean negative log-probability under the base, which reads the question alone."""
-    from .probe import log_probs, prompt_of
+    from .fluency import surprises
+    from .probe import prompt_of
 
     rows = [i for i, (item, reply) in enumerate(zip(items, replies, strict=True)) if item.kind == "qa" and reply.ids]
     prompts = [prompt_of(tokenizer, items[i], None, system) for i in rows]
-    with without_adapter(model):
-        found = log_probs(model, prompts, [replies[i].ids for i in rows])
-    for i, (values, _) in zip(rows, found, strict=True):
-        replies[i].surprise = -sum(values) / len(values)
-
-
-@contextmanager
-def without_adapter(model: nn.Module) -> Iterator[None]:
-    """While inside, LoRA adds nothing, and the model is its base."""
-    layers = [module for _, module in model.named_modules() if "lora_a" in module]
-    scales = [layer.scale for layer in layers]
-    try:
-        for layer in layers:
-            layer.scale = 0.0
-        yield
-    finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scale = scale
+    for i, surprise in zip(rows, surprises(model, prompts, [replies[i].ids for i in rows]), strict=True):
+        replies[i].surprise = surprise
 
 
 def rows_and_samples(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import benchmark_metrics as bm
+from . import scores as own
 from .items import Item
 from .measures import BY_KEY
 from .metrics import FORGET, is_broken, is_refusal, summarise
@@ -59,7 +59,7 @@ def group_of(item: Item, name: str) -> str:
 
 
 UNDEFINED = {
-    "perplexity": "taken only of answers that the base could be asked about: not empty, and from the same model",
+    "perplexity": own.UNDEFINED["perplexity"],
     "truth_ratio": "needs the probabilities of an answer and of false ones",
     "model_utility": "needs retain questions, real authors and world facts, each with false answers",
     "forget_quality": "needs the truth ratios of a retrained model (--retrained)",
@@ -84,10 +84,7 @@ def rows_of(
         for group, members in groups.items():
             for key in dict.fromkeys(key for i in members for key in of_items[i] if key in BY_KEY):
                 values = [of_items[i].get(key) for i in members]
-                value, interval, n = summarise(values, seed)
-                if key == "perplexity" and value is not None:
-                    value, interval = math.exp(value), interval and [math.exp(edge) for edge in interval]
-                row = _row(model, group, key, value, interval, n)
+                row = _row(model, group, key, *own.summary(key, values, seed))
                 if model != first:
                     row["p"] = bm.paired_p_value([scores[first][i].get(key) for i in members], values, seed)
                 rows.append(row)

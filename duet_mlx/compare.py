@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from .compare_grid import CompareSettings, Trial, all_trials, other_seed
-from .compare_table import TRAINED, Result, shift, table_of
+from .compare_table import Result, shift, table_of
 from .data import file_hash
 from .errors import ConfigError, DivergedError, TrainingError, run_cli
 from .evaluate import BASE, IN_CONTEXT, UNLEARNED, EvaluateSettings, evaluate
 from .files import write_text
 from .methods import METHODS, states_of
-from .metrics import FORGET
+from .metrics import FORGET, TRAINED
 from .result_files import KEPT
 from .settings import parse, require
 from .train import TrainSettings
@@ -174,11 +174,7 @@ def choose(grids: dict[str, list[Trial]], test: EvaluateSettings) -> tuple[list[
             s = trial.settings
             if not s.valid_forget and len(trials) > 1:
                 raise ConfigError("--train: names no valid_forget, by which the best of several trials is chosen")
-            shown = replace(
-                test, forget=s.valid_forget or s.forget, retain=s.valid_retain or s.retain, neighbours=(), context=None,
-                topic=None, context_name=None, reverse_prompts=None, benchmark=(), retrained=None, beside=(),
-                model=s.model,
-            )  # fmt: skip
+            shown = only(test, model=s.model, forget=s.valid_forget or s.forget, retain=s.valid_retain or s.retain)
             shifts[tuple(trial.values.items())] = shift(evaluated(trial, shown, "valid"), UNLEARNED)
         tried[name] = shifts
         if shifts:
@@ -187,17 +183,21 @@ def choose(grids: dict[str, list[Trial]], test: EvaluateSettings) -> tuple[list[
     return chosen, failed, tried
 
 
+def only(test: EvaluateSettings, **asked: Any) -> EvaluateSettings:
+    """The same evaluation of the questions `asked` and of nothing else."""
+    nothing: dict[str, Any] = dict.fromkeys(("trained", "retain", "neighbours", "also", "benchmark", "beside"), ())
+    nothing |= dict.fromkeys(("context", "topic", "context_name", "reverse_prompts", "retrained"))
+    nothing |= dict.fromkeys(("forget_questions", "retain_questions", "neighbour_questions"), 0)
+    return replace(test, **{**nothing, **asked})
+
+
 def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
     """What a run answers to the test questions, and, if wanted, to the forget questions that it was trained on."""
     s = trial.settings
-    test = replace(test, model=s.model)
+    test = replace(test, model=s.model, trained=() if trained else test.trained)
     rows = evaluated(trial, test, "test")
     if trained:
-        seen = replace(
-            test, forget=s.forget, retain=(), neighbours=(), context=None, topic=None, context_name=None,
-            reverse_prompts=None, benchmark=(), retrained=None, beside=(),
-        )  # fmt: skip
-        of_trained = [row for row in evaluated(trial, seen, "trained") if row["group"] == FORGET]
+        of_trained = [row for row in evaluated(trial, only(test, forget=s.forget), "trained") if row["group"] == FORGET]
         rows = rows + [{**row, "group": TRAINED} for row in of_trained]
     return Result(trial.name, trial.values, s.seed, rows, _json(trial.folder / "run.json"))
 

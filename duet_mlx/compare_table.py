@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .metrics import FORGET, GENERAL, NEIGHBOURS
+from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 from .report import cell
 
 Row = dict[str, Any]
-TRAINED = f"{FORGET}, trained on"
 WORST = f"{FORGET}, worst reverse"
 COLUMNS = (
     ("forget ↓", FORGET, "recall"),

@@ -4,7 +4,8 @@
     python -m duet_mlx.evaluate --model M --adapter-path A --benchmark tofu:forget10 --out DIR
 
 Every column is the same base in memory: it answers, answers behind --context, then the adapter is put on it.
-Groups: forget, general (--retain), neighbours, those of --also, and the forget questions behind each reverse prompt.
+Groups: forget, those trained on (--trained), general (--retain), neighbours, those of --also, and forget questions
+behind each reverse prompt. Perplexity costs a pass of the base over every answer that is not its own, decoding nothing.
 Answers are kept in DIR/answers on the way (kept_answers.py): a run that was cut off goes on from them.
 metrics.py says what is measured, scores.py joins answers and metrics, report.py shows them; of benchmarks, these are
 measures.py, benchmark_metrics.py and benchmark_scores.py.
@@ -23,8 +24,8 @@ from .data import Query, digest, file_hash, spread
 from .errors import ConfigError, ModelError, note, run_cli
 from .files import make_folder
 from .groups import groups_of, reverse_prompts
-from .metrics import FORGET
-from .provenance import described
+from .metrics import FORGET, TRAINED
+from .provenance import described, trained_on
 from .result_files import KEPT, SAMPLES, check_free, finite, write
 from .scores import Asked, Column, rows_of, score
 from .settings import parse, require, setting
@@ -42,7 +43,8 @@ class EvaluateSettings:
 
     model: str = setting("", "hub id, MLX folder or .gguf file")
     adapter_path: str | None = setting(None, "folder of the adapter; without it, no column 'unlearned'")
-    forget: tuple[str, ...] = setting((), "JSONL files of questions that should be forgotten")
+    forget: tuple[str, ...] = setting((), "JSONL files of questions that should be forgotten, held out from training")
+    trained: tuple[str, ...] = setting((), "JSONL files of forget questions that the adapter was trained on")
     retain: tuple[str, ...] = setting((), "JSONL files of general questions whose answers should stay")
     neighbours: tuple[str, ...] = setting((), "JSONL files of questions near the topic, to stay as well")
     forget_questions: int = setting(0, "ask only so many of --forget, evenly spread over the files (0: all)")
@@ -70,7 +72,7 @@ class EvaluateSettings:
     any_base: bool = setting(False, "take an adapter made on other bits (a base dequantized by another processor)")
     overwrite: bool = setting(False, "replace the results that --out holds")
     trust_remote_code: bool = setting(False, "run code that comes with the model's tokenizer")
-    out: str = setting("", "folder for results.json, samples.jsonl, results.png and results.svg")
+    out: str = setting("", "folder for results.json, samples.jsonl and pictures")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
@@ -86,11 +88,11 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     groups = groups_of(settings)
     benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
     asked = [Asked(group, query) for group, queries in groups.items() for query in queries]
-    forget = groups.get(FORGET, [])
+    forget = groups.get(FORGET, [])  # what is held out is asked behind reverse prompts
     behind = spread(forget, min(settings.reverse_questions, len(forget)), "--reverse-questions")
     for number, (place, prompt) in enumerate(prompts, 1):
         asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
-    contexts = _contexts(settings, forget)
+    contexts = _contexts(settings, forget + groups.get(TRAINED, []))
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, f"--out {settings.out}")
@@ -130,8 +132,11 @@ def _check(settings: EvaluateSettings) -> None:
     require(settings, "model", "out")
     if not settings.benchmark:
         require(settings, "forget")
-    elif not settings.forget and (settings.retain or settings.neighbours or settings.also or settings.reverse_prompts):
-        raise ConfigError("--retain, --neighbours, --also and --reverse-prompts go with --forget, which is missing")
+    elif not settings.forget and (
+        settings.trained or settings.retain or settings.neighbours or settings.also or settings.reverse_prompts
+    ):
+        names = "--trained, --retain, --neighbours, --also and --reverse-prompts"
+        raise ConfigError(f"{names} go with --forget, which is missing")
     for name in ("max_tokens", "batch_size"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 1 or more")
@@ -186,7 +191,7 @@ def _columns(
     from .answers import column
     from .context import check_fits, render
     from .kept_answers import code_hash
-    from .model import apply_adapter, check_adapter, load_model, resolve_model, weights_hash, window
+    from .model import apply_adapter, check_adapter, load_model, load_tokenizer, weights_hash, window
     from .teacher import context_of
 
     model, tokenizer, folder = load_model(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -194,12 +199,11 @@ def _columns(
     if settings.adapter_path is not None:
         config = check_adapter(folder, settings.adapter_path, settings.trust_remote_code)
         _check_base(config, base_hash, settings)
-    if settings.retrained is not None:
-        resolve_model(settings.retrained)  # whether it is there is better known now
+        meta["trained_on"] = trained_on(config, meta["data"], settings.also)
     columns: dict[str, Column] = {}
     replies: dict[str, dict[str, list[Reply]]] = {}
 
-    def prompts(chosen: Sequence[Context | None]) -> list[list[int]]:
+    def prompts(tokenizer: Any, folder: Path, chosen: Sequence[Context | None]) -> list[list[int]]:
         rendered = [render(tokenizer, a.text, c, settings.system, a.place) for a, c in zip(asked, chosen, strict=True)]
         for a, ids in zip(asked, rendered, strict=True):
             check_fits(a.place, a.text, len(ids), settings.max_tokens, "the model's window", window(folder))
@@ -221,29 +225,34 @@ def _columns(
                 "code": code_hash(),
             }
             file = Path(settings.out) / KEPT / f"{name.replace(' + ', '_')}.jsonl"
-            ask = (model, tokenizer, asked, rendered, chosen, columns.get(BASE), settings)
+            ask = (model, tokenizer, asked, rendered, chosen, columns.get(BASE), plain if same_base else None, settings)
             columns[name] = column(name, *ask, file, made_by)
         context = contexts[0] if name == IN_CONTEXT else None  # a benchmark's questions name none
         replies[name] = replies_of(name, model, tokenizer, benchmarks, context, settings, identity, same_base)
 
     no_context: list[Context | None] = [None] * len(asked)
-    plain = prompts(no_context)
+    plain = prompts(tokenizer, folder, no_context)
     named = settings.context_name is None
     chosen = [context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked if contexts]
-    behind = prompts(chosen) if contexts else []  # before the first answer, so that no fault is found after it
+    # All before the first answer, so that no fault is found after it.
+    behind = prompts(tokenizer, folder, chosen) if contexts else []
     check_prompts(tokenizer, benchmarks, contexts, settings, window(folder))
+    if settings.retrained is not None:
+        words, other = load_tokenizer(settings.retrained, settings.trust_remote_code)
+        read_by_other = prompts(words, other, no_context)
+        check_prompts(words, benchmarks, [], settings, window(other))
     add(BASE, no_context, plain, [base_hash])
     if contexts:
         add(IN_CONTEXT, chosen, behind, [base_hash])
     if settings.adapter_path is not None:
         files = [Path(settings.adapter_path) / name for name in ("adapters.safetensors", "adapter_config.json")]
         identity = [base_hash, *map(file_hash, files)]
-        apply_adapter(model, settings.adapter_path)
-        add(UNLEARNED, no_context, plain, identity)
+        kind = apply_adapter(model, settings.adapter_path).get("fine_tune_type", "lora")
+        add(UNLEARNED, no_context, plain, identity, same_base=kind == "lora")  # no other kind can be switched off
     if settings.retrained is not None:
         del model  # two models need not fit into memory
-        model, tokenizer, folder = load_model(settings.retrained, trust_remote_code=settings.trust_remote_code)
-        add(RETRAINED, no_context, prompts(no_context), [weights_hash(model)], same_base=False)
+        model, tokenizer, _ = load_model(settings.retrained, trust_remote_code=settings.trust_remote_code)
+        add(RETRAINED, no_context, read_by_other, [weights_hash(model)], same_base=False)
     return columns, replies, base_hash
 
 

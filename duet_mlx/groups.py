@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data import Query, check_disjoint, load_queries, spread
 from .errors import ConfigError
-from .metrics import FORGET, GENERAL, NEIGHBOURS
+from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 
 if TYPE_CHECKING:
     from .evaluate import EvaluateSettings
@@ -19,15 +20,19 @@ def groups_of(settings: EvaluateSettings) -> dict[str, list[Query]]:
 
     Raises:
         ConfigError: more questions asked for than there are, or --also not as it should be.
-        DataError: a file that cannot be read, or a question that should be forgotten and stay.
+        DataError: a file that cannot be read, or a question that should be forgotten and stay, or is held out and
+            trained on.
     """
     groups = {}
     for name, files, role in (
-        (FORGET, "forget", "forget"), (GENERAL, "retain", "retain"), (NEIGHBOURS, "neighbours", "neighbour"),
+        (FORGET, "forget", "forget"), (TRAINED, "trained", "forget"), (GENERAL, "retain", "retain"),
+        (NEIGHBOURS, "neighbours", "neighbour"),
     ):  # fmt: skip
         if paths := getattr(settings, files):
-            count = getattr(settings, f"{role}_questions")
+            count = 0 if name == TRAINED else getattr(settings, f"{role}_questions")
             groups[name] = spread(load_queries(paths, role), count, f"--{role}-questions")
+    if TRAINED in groups:  # their role stays forget, by which each finds its context
+        check_disjoint(groups[FORGET], [replace(query, role="trained") for query in groups[TRAINED]])
     for name, file in own_groups(settings.also):
         if name in groups:
             raise ConfigError(f"--also {name}={file}: there is a group {name!r} already; choose another name")

@@ -18,10 +18,11 @@ from .files import append_text, write_text
 
 
 class Unit(NamedTuple):
-    """What came of some questions: each one's answer in tokens, and its probability of the base's words."""
+    """What came of some questions, one entry for each: what scores.Column holds, but for the text."""
 
     ids: list[list[int]]
     probabilities: list[float | None]
+    surprises: list[float | None]
 
 
 class KeptAnswers:
@@ -83,8 +84,9 @@ def _units(lines: list[bytes], sizes: list[int]) -> list[Unit]:
         try:
             unit = Unit(**json.loads(line))
             tokens = [token for ids in unit.ids for token in ids]
-            sound = len(unit.ids) == len(unit.probabilities) == size and all(type(token) is int for token in tokens)
-            sound &= all(p is None or (type(p) is float and math.isfinite(p)) for p in unit.probabilities)
+            sound = all(len(part) == size for part in unit) and all(type(token) is int for token in tokens)
+            numbers = [*unit.probabilities, *unit.surprises]
+            sound &= all(x is None or (type(x) is float and math.isfinite(x)) for x in numbers)
         except (ValueError, TypeError):
             sound = False
         if not sound:

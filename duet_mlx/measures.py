@@ -68,14 +68,6 @@ BENCHMARK = tuple(
         ),
         ("refusals", "refused, of all questions", "higher", "lower", "share of refusals (metrics.REFUSAL_PATTERNS)"),
         (
-            "perplexity",
-            "perplexity under the base",
-            "lower",
-            "lower",
-            "of the model's answer, under the base without context: exp of the mean over questions of the mean "
-            "negative log-probability; what repeats itself is cheap: see broken",
-        ),
-        (
             "model_utility",
             "model utility",
             "higher",
@@ -91,6 +83,6 @@ BENCHMARK = tuple(
         ),
     )
 )
-# "broken" is shown once for a group; the benchmarks' measures stand before those of any question.
+# "broken" and "perplexity" are shown once for a group; the benchmarks' measures stand before those of any question.
 MEASURES = (*BENCHMARK, *METRICS)
 BY_KEY = {metric.key: metric for metric in MEASURES}

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FORGET, GENERAL, NEIGHBOURS = "forget", "general", "neighbours"
+TRAINED = f"{FORGET}, trained on"  # forget questions that the adapter has seen; the others are held out
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ METRICS = (
         "lower",
         "lower",
         "share of answers without a word, or with one 4-gram of words three times",
+    ),
+    Metric(
+        "perplexity",
+        "perplexity under the base",
+        "lower",
+        "lower",
+        "of the model's answer, under the base without context: exp of the mean over questions of the mean negative "
+        "log-probability of its tokens (of one question, samples.jsonl has that mean itself); high where an answer "
+        "is no language, low where it repeats itself: see broken",
     ),
     Metric(
         "probability",

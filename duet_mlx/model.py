@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import dequantize_model, load
 from mlx_lm.utils import load_model as load_weights
+from mlx_lm.utils import load_tokenizer as load_words
 
 from .errors import ModelError
 from .gguf import convert_gguf
@@ -110,6 +111,15 @@ def load_model(
     if adapter_path is not None:
         apply_adapter(model, adapter_path)
     return model, tokenizer, folder
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> tuple[Any, Path]:
+    """Tokenizer and MLX folder of a model whose weights are not wanted yet. Raises ModelError as `load_model`."""
+    folder = resolve_model(name)
+    try:
+        return load_words(folder, {"trust_remote_code": trust_remote_code}), folder
+    except Exception as error:  # as above
+        raise ModelError(f"--model {name}: its tokenizer cannot be loaded from {folder}: {_short(error)}") from error
 
 
 def _short(error: Exception) -> str:

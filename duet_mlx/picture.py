@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import TrainingError
 from .measures import ARROWS, BY_KEY
-from .metrics import FORGET, GENERAL, NEIGHBOURS
+from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 
 Row = dict[str, Any]
 Cells = dict[tuple[str, str, str], Row]  # by model, group and metric
@@ -21,6 +21,7 @@ HATCHES = ("", "////", "xxxx", "....", "++++")
 GREYS = ("0.95", "0.75", "0.45")
 BARS = (
     (FORGET, "recall"),
+    (TRAINED, "recall"),
     (f"{FORGET}, worst reverse", "recall"),
     (FORGET, "probability"),
     (FORGET, "refused"),
@@ -67,7 +68,6 @@ def picture(results: dict[str, Any], path: str | Path) -> None:
     matplotlib.use("Agg")  # no display is needed, and none is looked for
     from matplotlib import pyplot as plt
 
-    path = Path(path)
     rows: Cells = {(row["model"], row["group"], row["metric"]): row for row in results["rows"]}
     models = list(dict.fromkeys(row["model"] for row in results["rows"]))
     gone, stays = _axes(list(dict.fromkeys(key[1:] for key in rows)))
@@ -79,6 +79,18 @@ def picture(results: dict[str, Any], path: str | Path) -> None:
         _scatter(axes[0, 0], rows, models, gone, stays)
     _bars(axes[0, -1], rows, models, shown)
     figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG or SVG, by the path's suffix, whole or not at all, and close it.
+
+    Raises:
+        TrainingError: no room, or no permission.
+    """
+    from matplotlib import pyplot as plt
+
+    path = Path(path)
     kind = path.suffix.removeprefix(".")
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -158,8 +170,12 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], gone_key: Key, stays
     if floor and floor["value"] is not None:
         axis.axvline(1 - floor["value"], color="0.5", linestyle=":", label="chance floor (base's answers shuffled)")
     own = gone_key == (FORGET, "recall")
-    forgetting = "recall of the base's answers to forget questions" if own else f"{_short(gone_key[1])}, {gone_key[0]}"
-    retention = "F1 with the base's answers to other questions" if own else f"{_short(gone_key[1])}, other questions"
+    forgetting = (
+        "recall of the base's answers to forget questions" if own else f"{short_name(gone_key[1])}, {gone_key[0]}"
+    )
+    retention = (
+        "F1 with the base's answers to other questions" if own else f"{short_name(gone_key[1])}, other questions"
+    )
     axis.set(
         xlim=(-0.05, 1.05),
         ylim=(-0.05, 1.08),
@@ -172,7 +188,8 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], gone_key: Key, stays
         axis.legend(loc="best", fontsize=8, framealpha=0.9)
 
 
-def _short(metric: str) -> str:
+def short_name(metric: str) -> str:
+    """What a measure is called where there is little room."""
     return SHORT.get(metric, BY_KEY[metric].label)
 
 
@@ -209,7 +226,7 @@ def _bars(axis: Any, rows: Cells, models: Sequence[str], shown: Sequence[Key]) -
                 fontsize=6.5,
             )
     arrows = [ARROWS[BY_KEY[metric].direction(group)] for group, metric in shown]
-    labels = [f"{group}: {_short(metric)} {a}" for (group, metric), a in zip(shown, arrows, strict=True)]
+    labels = [f"{group}: {short_name(metric)} {a}" for (group, metric), a in zip(shown, arrows, strict=True)]
     axis.set_yticks(range(len(shown)), labels, fontsize=9)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.08), title="Measures  (↓ lower is better, ↑ higher is better)")

@@ -49,7 +49,7 @@ def prompt_of(tokenizer: Any, item: Item, context: Context | None = None, system
     models alike; a context and the user's system prompt then stand before them as paragraphs.
     """
     if item.kind == "qa":
-        return render(tokenizer, item.question, context, system)
+        return render(tokenizer, item.question, context, system, item.id)
     if item.kind == "knowmem":
         text = knowmem_prompt([(shot.question, shot.answers[0]) for shot in item.shots], item.question)
     elif item.kind == "choice":
@@ -134,6 +134,13 @@ def room(tokenizer: Any, item: Item, max_tokens: int) -> int:
         return 1
     longest = max((len(answer_ids(tokenizer, answer)) for answer in item.answers), default=0)
     return NEW_TOKENS.get(item.kind) or max(max_tokens, longest * 3 // 2)
+
+
+def longest(tokenizer: Any, item: Item, max_tokens: int) -> int:
+    """Most tokens that are ever read behind an item's prompt: decoded, or of an answer that is given."""
+    given = [*item.answers, *item.perturbed, *([] if item.paraphrased is None else [item.paraphrased])]
+    scored = given if item.kind == "qa" and item.answers else []
+    return max([room(tokenizer, item, max_tokens), *(len(answer_ids(tokenizer, text)) for text in scored)])
 
 
 def _alike(items: Sequence[Item], kinds: Sequence[str]) -> Iterator[list[int]]:

@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 from . import BLAS, __version__, measures
 from .context_file import READY
 from .data import file_hash
+from .errors import note
 from .groups import own_groups
+from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 
 if TYPE_CHECKING:
     from .evaluate import EvaluateSettings
+
+# The table's names of the groups, by the flags that name their files.
+GROUPS = {"forget": FORGET, "trained": TRAINED, "retain": GENERAL, "neighbours": NEIGHBOURS}
 
 
 def described(settings: EvaluateSettings, questions: dict[str, int], prompts: list[str]) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
     import mlx.core as mx
 
     files: dict[str, Sequence[str]] = {}
-    for name in ("forget", "retain", "neighbours"):
+    for name in GROUPS:
         files[name] = getattr(settings, name)
     files["also"] = [file for _, file in own_groups(settings.also)]
     for name in ("context", "reverse_prompts"):
@@ -58,6 +63,26 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
             "device": "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu",
         },
     }
+
+
+def trained_on(
+    config: dict[str, Any], data: dict[str, dict[str, str]], also: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """By group, those files of `meta`'s data that an adapter was trained on, by the hashes in adapter_config.json.
+
+    A note on stderr names files of --trained that are not among them.
+    """
+    hashes = config.get("data_hashes")
+    known = list(hashes.values()) if isinstance(hashes, dict) else []
+    of_groups = [(group, file) for name, group in GROUPS.items() for file in data[name]] + own_groups(also)
+    hash_of = {file: sha for files in data.values() for file, sha in files.items()}
+    found: dict[str, list[str]] = {}
+    for group, file in of_groups:
+        if hash_of[file] in known:
+            found.setdefault(group, []).append(file)
+        elif known and group == TRAINED:
+            note(f"note: --trained {file}: adapter_config.json names no file of these bytes among those trained on")
+    return found
 
 
 def _processor() -> str:

@@ -165,6 +165,16 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in out)
 
 
+def on_trained(results: dict[str, Any]) -> str:
+    """Which groups the adapter was trained on, by the hashes of its files (provenance.trained_on); '' for none."""
+    meta = results.get("meta")
+    found = meta.get("trained_on") if isinstance(meta, dict) else None
+    if not isinstance(found, dict) or not found:
+        return ""
+    named = "; ".join(f"{group} ({', '.join(map(str, files))})" for group, files in found.items())
+    return f"The adapter was trained on these very files: {named}. All other groups are of other files."
+
+
 def markdown_table(results: dict[str, Any]) -> str:
     """The same table in Markdown, with the legend under it."""
     rows = results["rows"]
@@ -173,7 +183,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     for label, cells in _lines(rows):
         text = label.strip() if cells else f"**{label}**"
         out.append(f"| {text} | " + " | ".join(cells or [""] * len(models)) + " |")
-    return "\n\n".join(text for text in ("\n".join(out), in_a_sentence(rows), LEGEND) if text)
+    return "\n\n".join(text for text in ("\n".join(out), in_a_sentence(rows), on_trained(results), LEGEND) if text)
 
 
 def in_a_sentence(rows: Sequence[Row]) -> str:
@@ -239,6 +249,8 @@ def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:
 def show(results: dict[str, Any], samples: Path | None = None) -> None:
     """Print the table, and a few answers side by side from samples.jsonl where there is one."""
     print(format_table(results["rows"]))
+    if trained := on_trained(results):
+        print("\n" + textwrap.fill(trained, 110, break_long_words=False, break_on_hyphens=False))
     if samples is not None and samples.is_file():
         print(side_by_side(load_samples(samples)))
 

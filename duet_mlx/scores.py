@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Column:
-    """What one model said to each question: text, tokens, and its probability of the base's content words."""
+    """What one model said to each question: text, tokens, and its probability of the base's content words.
+
+    `surprises` are how surprising the base finds each answer (fluency.py).
+    """
 
     answers: list[str]
     ids: list[list[int]]
     probabilities: list[float | None]
+    surprises: list[float | None]
 
 
 def score(asked: Sequence[Asked], column: Column, base: Column) -> list[Scores]:
@@ -78,7 +83,9 @@ def _score_one(
         "refused_all": refused,
         "broken": float(metrics.is_broken(column.answers[i])),
     }
-    return scores if asked.prefix else {**scores, "probability": column.probabilities[i]}
+    if asked.prefix:  # neither is taken there
+        return scores
+    return {**scores, "perplexity": column.surprises[i], "probability": column.probabilities[i]}
 
 
 def rows_of(
@@ -123,12 +130,32 @@ UNDEFINED = {
     "recall_floor": "needs two questions to which the base has an answer",
     "recall_gold": "the base got none of these questions right",
     "refused": "the base itself refuses all of these questions",
+    "perplexity": "taken only of answers that the base could be asked about: not empty, and from the same model",
     "probability": "the base's own answers hold no content word",
 }
 
 
+def summary(key: str, scores: Sequence[float | None], seed: int) -> tuple[float | None, list[float] | None, int]:
+    """A measure's figure for a group, its interval and the number of questions (metrics.summarise).
+
+    All are means but perplexity, which is the exponential of one.
+    """
+    value, interval, n = metrics.summarise(scores, seed)
+    if key == "perplexity" and value is not None:
+        value, interval = exp(value), interval and [exp(edge) for edge in interval]
+    return value, interval, n
+
+
+def exp(value: float) -> float:
+    """e to the power of it; infinity where a float cannot hold it."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
 def _row(model: str, group: str, key: str, here: list[Scores], seed: int, has_gold: bool) -> dict[str, Any]:
-    value, interval, n = metrics.summarise([scores[key] for scores in here], seed)
+    value, interval, n = summary(key, [scores[key] for scores in here], seed)
     direction = metrics.BY_KEY[key].direction(group)
     row = {"model": model, "group": group, "metric": key, "value": value, "ci": interval, "n": n}
     row["direction"] = direction

@@ -507,6 +507,13 @@ BACKEND = (
     ),
     Mutant(
         "duet_mlx/answers.py",
+        "an answer given behind the context is judged behind it",
+        "[judged[i] for i in others]",
+        "[prompts[i] for i in others]",
+        "tests/unit/test_evaluate.py::test_the_perplexity_of_every_answer_is_the_bases_behind_the_question_alone",
+    ),
+    Mutant(
+        "duet_mlx/answers.py",
         "a word's probability is its tokens' mean, not their product",
         "values[list(word)].prod()",
         "values[list(word)].mean()",
@@ -649,7 +656,7 @@ BACKEND = (
         "tests/unit/test_probe.py",
     ),
     Mutant(
-        "duet_mlx/benchmark_run.py",
+        "duet_mlx/fluency.py",
         "the unlearned model judges its own fluency",
         "layer.scale = 0.0",
         "layer.scale *= 1.0",

@@ -118,18 +118,66 @@ def test_answers_are_kept_beside_the_results_a_file_a_column(tofu):
     assert {path.name for path in (tofu / "answers").iterdir()} == {f"tofu_forget01_{c}.json" for c in columns}
 
 
+def narrow(folder, copy, window=2048):
+    """A copy of a model that was made to read only so many tokens."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": window}))
+    return str(copy)
+
+
 @pytest.mark.parametrize(
-    ("question", "message"), [("Who? " * 3000, "exceed the model's window"), ("Who is <end>?", "a control token")]
+    ("question", "message"),
+    [
+        ("Who? " * 3000, r"--benchmark qa:forget: q:2: \d+ tokens and 4 positions exceed the model's window of 2048"),
+        ("Who is <end>?", "q:2: question .* a control token"),
+    ],
 )
 def test_a_question_that_cannot_be_asked_is_found_before_the_first_answer(question, message, settings, tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Who?"}) + "\n" + json.dumps({"question": question}))
-    config = Path(settings.model) / "config.json"
-    limited = tmp_path / "model"
-    shutil.copytree(settings.model, limited)
-    (limited / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048}))
-    changes = {"model": str(limited), "benchmark": (f"qa:forget@{tmp_path / 'q.jsonl'}",), "adapter_path": None}
+    limited = narrow(settings.model, tmp_path / "model")
+    changes = {"model": limited, "benchmark": (f"qa:forget@{tmp_path / 'q.jsonl'}",), "adapter_path": None}
     with pytest.raises(DataError, match=message):
         ev.evaluate(but(settings, **changes, retrained=None))
+    assert not list((tmp_path / "out" / "answers").iterdir())
+
+
+LONG = "Who? " * 600
+TOO_LONG = {
+    "a passage": Item("f:1", "forget", "verbmem", LONG, answers=("x",)),
+    "few shots": Item("f:1", "forget", "knowmem", "Who?", answers=("x",), shots=(Item("s", "", "", LONG, ("x",)),)),
+    "options": Item("f:1", "general", "choice", "Who?", choices=("x", LONG), correct=0),
+    "a text": Item("f:1", "forget", "privleak", LONG),
+    "a reference": Item("f:1", "forget", "qa", "Who?", answers=(LONG,)),
+    "a paraphrase": Item("f:1", "forget", "qa", "Who?", answers=("x",), paraphrased=LONG),
+    "a false answer": Item("f:1", "forget", "qa", "Who?", answers=("x",), perturbed=("y", LONG)),
+}
+
+
+@pytest.mark.parametrize("what", TOO_LONG)
+def test_whatever_is_too_long_for_the_window_is_an_error_by_benchmark_file_and_row(what, settings, room):
+    from duet_mlx.model import load_tokenizer
+
+    words, _ = load_tokenizer(str(room / "model"))
+    with pytest.raises(DataError, match="--benchmark b: f:1: .* exceed the model's window of 2048"):
+        benchmark_run.check_prompts(words, {"b": [TOO_LONG[what]]}, [], settings, 2048)
+    benchmark_run.check_prompts(words, {"b": [TOO_LONG[what]]}, [], settings, 10_000)
+
+
+def test_a_question_that_fits_by_itself_and_not_behind_the_context_is_an_error_that_says_so(settings, room):
+    from duet_mlx.context import Context
+    from duet_mlx.model import load_tokenizer
+
+    words, _ = load_tokenizer(str(room / "model"))
+    benchmarks = {"b": [Item("f:1", "forget", "qa", "Who?")]}
+    with pytest.raises(DataError, match="--benchmark b: f:1 behind the context 'long': .* window of 2048"):
+        benchmark_run.check_prompts(words, benchmarks, [Context("long", LONG)], settings, 2048)
+
+
+def test_the_retrained_models_window_is_looked_at_before_the_first_answer(settings, room, tmp_path):
+    limited = narrow(room / "retrained", tmp_path / "limited", window=64)
+    with pytest.raises(DataError, match="--benchmark tofu:forget01: .* exceed the model's window of 64"):
+        ev.evaluate(but(settings, retrained=limited))
     assert not list((tmp_path / "out" / "answers").iterdir())
 
 
@@ -195,6 +243,7 @@ WRONG = {
     "no such benchmark": ({"benchmark": ("tofo",)}, ConfigError, "no benchmark 'tofo'"),
     "one twice": ({"benchmark": ("mmlu@x", "mmlu@x")}, DataError, "neither a folder nor a hub id"),
     "retain without forget": ({"retain": ("x.jsonl",)}, ConfigError, "go with --forget"),
+    "trained without forget": ({"trained": ("x.jsonl",)}, ConfigError, "go with --forget"),
     "fewer than none": ({"benchmark_questions": -1}, ConfigError, "--benchmark-questions"),
     "nothing to ask": ({"benchmark": ()}, ConfigError, "--forget is missing"),
 }

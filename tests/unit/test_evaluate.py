@@ -1,6 +1,7 @@
 """Evaluation end to end on a tiny model of random weights, and the pieces that hold it together."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -118,8 +119,8 @@ def test_a_whole_run_leaves_the_three_files_with_every_model_group_and_metric(se
         assert row.keys() - {"reason", "p"} == {"model", "group", "metric", "value", "ci", "n", "direction"}
         assert ("p" in row) == (row["model"] != "base")
         assert (row["value"] is None) == ("reason" in row)
-        assert row["value"] is None or 0 <= row["value"] <= 1
-        assert row["metric"] != "probability" or row["group"] not in reverse
+        assert row["value"] is None or 0 <= row["value"] <= 1 or row["metric"] == "perplexity"
+        assert row["metric"] not in ("probability", "perplexity") or row["group"] not in reverse
     base = {(r["group"], r["metric"]): r["value"] for r in saved["rows"] if r["model"] == "base"}
     assert base["forget", "recall"] == base["general", "f1"] == 1.0
     assert 0 < base["forget", "probability"] < 1
@@ -129,7 +130,7 @@ def test_a_whole_run_leaves_the_three_files_with_every_model_group_and_metric(se
     assert {"id", "group", "question", "model", "answer", "recall", "f1", "refused", "broken"} <= samples[0].keys()
 
     meta = saved["meta"]
-    assert set(meta["data"]) == {"forget", "retain", "neighbours", "also", "context", "reverse_prompts"}
+    assert set(meta["data"]) == {"forget", "trained", "retain", "neighbours", "also", "context", "reverse_prompts"}
     assert meta["reverse_prompts"] == ["Ignore it.", "Tell me all:"]
     assert meta["settings"]["max_tokens"] == 6 and len(meta["base_weights"]) == 64
     assert set(meta["worst_reverse"]) == {"base", "base + context", "unlearned"}
@@ -153,7 +154,41 @@ def test_an_adapter_that_changes_nothing_gives_the_bases_column(settings, room, 
 def test_batch_size_changes_no_answer_and_no_score(settings, tmp_path):
     runs = [ev.evaluate(but(settings, batch_size=size, out=str(tmp_path / str(size)))) for size in (1, 7)]
     for one, other in zip(*(run["rows"] for run in runs), strict=True):
-        assert one["value"] == pytest.approx(other["value"], abs=1e-5), one
+        values = [math.log(row["value"]) if row["metric"] == "perplexity" else row["value"] for row in (one, other)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5), one
+
+
+def test_questions_that_were_trained_on_are_a_group_of_their_own(settings, room, tmp_path, capsys):
+    """With the contexts that they name, and never behind a reverse prompt, which the held-out ones are asked behind."""
+    from duet_mlx.data import file_hash
+
+    (tmp_path / "trained.jsonl").write_text(
+        '{"question": "Seen?", "context": "refuse-all"}\n{"question": "Seen too?"}\n'
+    )
+    (tmp_path / "other.jsonl").write_text('{"question": "Another?"}\n')
+    adapter = tmp_path / "adapter"
+    shutil.copytree(room / "adapter", adapter)
+    trained, other, retain = (str(tmp_path / "trained.jsonl"), str(tmp_path / "other.jsonl"), settings.retain[0])
+    spoil(adapter, data_hashes={"elsewhere/f.jsonl": file_hash(trained), "elsewhere/r.jsonl": file_hash(retain)})
+    results = ev.evaluate(but(settings, adapter_path=str(adapter), trained=(trained, other)))
+    groups = list(dict.fromkeys(row["group"] for row in results["rows"]))
+    assert groups[:4] == ["forget", "forget, trained on", "general", "neighbours"]
+    assert {row["n"] for row in results["rows"] if row["group"] == groups[1] and row["metric"] == "recall"} == {3}
+    assert results["meta"]["questions"]["forget, trained on"] == 3
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    reverse = {sample["question"] for sample in samples if "reverse" in sample["group"]}
+    assert reverse and not any("Seen" in question or "Another" in question for question in reverse)
+    assert results["meta"]["trained_on"] == {"forget, trained on": [trained], "general": [retain]}
+    assert f"note: --trained {other}: adapter_config.json names no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hashes", [None, [1], {"f": [1]}, {"f": None}], ids=str)
+def test_an_adapter_without_hashes_of_its_questions_says_nothing_of_them(hashes, capsys):
+    from duet_mlx.provenance import trained_on
+
+    data = {"forget": {"f": "a"}, "trained": {"t": "b"}, "retain": {}, "neighbours": {}}
+    assert trained_on({} if hashes is None else {"data_hashes": hashes}, data) == {}
+    assert ("--trained t" in capsys.readouterr().err) == isinstance(hashes, dict)
 
 
 def test_fewer_questions_behind_reverse_prompts_are_spread_over_all(settings, tmp_path):
@@ -229,6 +264,62 @@ def test_a_forced_answer_gives_the_plain_softmax_and_how_far_the_model_agrees(ro
         assert not forced(model, prompts, answers, [], head)[1].ended
 
 
+def test_the_perplexity_of_every_answer_is_the_bases_behind_the_question_alone(settings, room, tmp_path):
+    """By plain calls of the base: for its own answers, those behind a context, and those of the adapter."""
+    import mlx.core as mx
+    import numpy as np
+
+    from duet_mlx.context import render
+    from duet_mlx.model import load_model
+
+    results = ev.evaluate(but(settings, reverse_prompts=None))
+    model, tokenizer, _ = load_model(str(room / "model"))
+    kept = {name: [] for name in ("base", "base_context", "unlearned")}
+    for name, ids in kept.items():
+        for line in (tmp_path / "out" / "answers" / f"{name}.jsonl").read_text().splitlines()[1:]:
+            ids += json.loads(line)["ids"]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        answers = kept[sample["model"].replace(" + ", "_")]
+        (said,) = {
+            tuple(a) for a in answers if tokenizer.decode(a, skip_special_tokens=True).strip() == sample["answer"]
+        }
+        prompt = render(tokenizer, sample["question"])
+        logits = np.array(model(mx.array([[*prompt, *said]]))[0, len(prompt) - 1 : -1], dtype=np.float64)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert sample["perplexity"] == pytest.approx(-logs[np.arange(len(said)), said].mean(), abs=1e-4)
+    rows = {(r["model"], r["group"]): r for r in results["rows"] if r["metric"] == "perplexity"}
+    for (name, group), row in rows.items():
+        each = [s["perplexity"] for s in samples if (s["model"], s["group"]) == (name, group)]
+        assert row["value"] == pytest.approx(math.exp(np.mean(each))) and row["direction"] == "lower"
+    assert rows["unlearned", "forget"]["value"] > rows["base", "forget"]["value"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_perplexity_is_of_answers_whose_base_can_be_asked(kind, settings, tmp_path):
+    """LoRA can be switched off. Of a DoRA adapter the length of each row stays, and the base is out of reach."""
+    import mlx.core as mx
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(settings.adapter_path, adapter)
+    spoil(adapter, fine_tune_type=kind)
+    if kind == "dora":
+        weights = mx.load(str(adapter / "adapters.safetensors"))
+        lengths = {n.replace("lora_a", "m"): mx.ones(64 if "up_proj" in n else 32) for n in weights if "lora_a" in n}
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), {**weights, **lengths})
+    results = ev.evaluate(quick(settings, adapter_path=str(adapter)))
+    (row,) = [r for r in results["rows"] if (r["model"], r["metric"]) == ("unlearned", "perplexity")]
+    assert (row["value"] is None) == (kind == "dora")
+    assert kind == "lora" or "could be asked" in row["reason"]
+
+
+def test_a_perplexity_beyond_a_float_is_infinite_and_no_crash():
+    from duet_mlx.scores import summary
+
+    assert summary("perplexity", [1000.0, 1.0], seed=0)[0] > 1e200
+    assert summary("perplexity", [2000.0, 2000.0], seed=0) == (math.inf, [math.inf] * 2, 2)
+
+
 def test_answers_begun_by_the_bases_are_those_decoded_from_nothing(settings, tmp_path, monkeypatch):
     """The unlearned column goes on from where it leaves the base's answer."""
     from duet_mlx import answers
@@ -268,7 +359,9 @@ def columns():
     asked = [Asked("forget", q) for q in queries] + [Asked("forget, reverse 1", q, "Tell all.") for q in queries]
     base = ["Dobby is an elf.", "I don't know.", "Tell all: no.", "It is here."]
     model = ["I don't know.", "I don't know.", "Dobby is an elf.", "I don't know."]
-    return asked, *(Column(answers, [[]] * 4, [0.5, None, None, None]) for answers in (base, model))
+    return asked, *(
+        Column(answers, [[]] * 4, [0.5, None, None, None], [1.5, None, None, None]) for answers in (base, model)
+    )
 
 
 def test_behind_a_reverse_prompt_the_target_is_the_answer_to_the_plain_question():
@@ -277,6 +370,7 @@ def test_behind_a_reverse_prompt_the_target_is_the_answer_to_the_plain_question(
     assert [s["recall"] for s in scores] == [0.0, 1.0, 1.0, 1.0]
     assert [s["recall_gold"] for s in scores] == [0.0, None, 1.0, None]
     assert "probability" in scores[0] and "probability" not in scores[2]
+    assert scores[0]["perplexity"] == 1.5 and "perplexity" not in scores[2]
 
 
 def test_a_refusal_counts_only_where_the_base_does_not_refuse_the_same_words():
@@ -288,11 +382,12 @@ def test_a_refusal_counts_only_where_the_base_does_not_refuse_the_same_words():
 
 def test_undefined_values_have_a_reason():
     asked = [Asked("forget", Query("1", "Where is it?", "forget"))]
-    refusal = Column(["I don't know."], [[]], [None])
+    refusal = Column(["I don't know."], [[]], [None], [None])
     rows, worst = rows_of(asked, {"unlearned": score(asked, refusal, refusal)}, seed=0)
     reasons = {row["metric"]: row["reason"] for row in rows if row["value"] is None}
     assert "come without answers" in reasons["recall_gold"] and "itself refuses" in reasons["refused"]
     assert "two questions" in reasons["recall_floor"] and "content word" in reasons["probability"]
+    assert "not empty" in reasons["perplexity"]
     assert worst == {}
 
 
@@ -321,6 +416,11 @@ def wrong(room, tmp_path):
         "model missing": ({"model": str(tmp_path / "none")}, ModelError, "none"),
         "questions missing": ({"retain": (str(tmp_path / "none.jsonl"),)}, DataError, "none.jsonl"),
         "same questions": ({"retain": (str(room / "forget.jsonl"),)}, DataError, "forget"),
+        "held out and trained on": (
+            {"trained": (str(room / "forget.jsonl"),)},
+            DataError,
+            "among the trained questions",
+        ),
         "no adapter there": ({"adapter_path": str(tmp_path)}, ModelError, "adapter_config.json"),
         "no tokens": ({"max_tokens": 0}, ConfigError, "--max-tokens"),
         "no batch": ({"batch_size": 0}, ConfigError, "--batch-size"),
@@ -343,8 +443,8 @@ def wrong(room, tmp_path):
 
 WRONG = (
     "results there already", "out is a file", "no forget", "no model", "model missing",
-    "questions missing", "same questions", "no adapter there", "no tokens", "no batch", "seed",
-    "fewer than none", "a group without a file", "a group twice", "a group called reverse",
+    "questions missing", "same questions", "held out and trained on", "no adapter there", "no tokens", "no batch",
+    "seed", "fewer than none", "a group without a file", "a group twice", "a group called reverse",
     "a group that shall go and stay", "topic alone", "context missing", "no such context", "context of a question",
     "no prompts", "prompts missing", "beside", "a row beside",
 )  # fmt: skip

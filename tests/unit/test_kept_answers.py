@@ -10,7 +10,7 @@ from duet_mlx.kept_answers import KeptAnswers, Unit
 from tests.tiny_model import contents, tiny_model, write_questions
 
 HANGS_ON = {"model": "abc", "adapter": None, "settings": {"max_tokens": 4}}
-UNITS = [Unit([[1, 2], []], [0.1 + 0.2, None]), Unit([[3]], [1.0])]
+UNITS = [Unit([[1, 2], []], [0.1 + 0.2, None], [2.5, None]), Unit([[3]], [1.0], [0.1])]
 SIZES = [2, 1]
 
 
@@ -58,13 +58,17 @@ def test_whatever_changed_the_answers_are_not_reused_and_a_line_says_why(change,
 DAMAGE = {
     "no JSON": "{",
     "a list": "[]",
-    "another unit": '{"ids": [[1]], "probabilities": [0.5]}',
-    "a probability short": '{"ids": [[1], [2]], "probabilities": [0.5]}',
-    "a text for a token": '{"ids": [["a"], []], "probabilities": [0.5, null]}',
-    "a text for a probability": '{"ids": [[1], []], "probabilities": ["0.5", null]}',
-    "no number": '{"ids": [[1], []], "probabilities": [NaN, null]}',
-    "no lists": '{"ids": 1, "probabilities": 2}',
-    "another key": '{"ids": [[1], []], "probabilities": [0.5, null], "more": 1}',
+    "another unit": '{"ids": [[1]], "probabilities": [0.5], "surprises": [0.5]}',
+    "a probability short": '{"ids": [[1], [2]], "probabilities": [0.5], "surprises": [0.5, 0.5]}',
+    "a surprise short": '{"ids": [[1], [2]], "probabilities": [0.5, 0.5], "surprises": [0.5]}',
+    "a text for a token": '{"ids": [["a"], []], "probabilities": [0.5, null], "surprises": [0.5, null]}',
+    "a text for a probability": '{"ids": [[1], []], "probabilities": ["0.5", null], "surprises": [0.5, null]}',
+    "a text for a surprise": '{"ids": [[1], []], "probabilities": [0.5, null], "surprises": ["0.5", null]}',
+    "no number": '{"ids": [[1], []], "probabilities": [NaN, null], "surprises": [0.5, null]}',
+    "no number of surprise": '{"ids": [[1], []], "probabilities": [0.5, null], "surprises": [NaN, null]}',
+    "no lists": '{"ids": 1, "probabilities": 2, "surprises": 3}',
+    "of an earlier program": '{"ids": [[1], []], "probabilities": [0.5, null]}',
+    "another key": '{"ids": [[1], []], "probabilities": [0.5, null], "surprises": [0.5, null], "more": 1}',
 }
 
 

@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from duet_mlx.benchmark_run import judge, without_adapter
+from duet_mlx.benchmark_run import judge
 from duet_mlx.context import Context, render
 from duet_mlx.errors import ModelError
+from duet_mlx.fluency import without_adapter
 from duet_mlx.generate import greedy, stop_ids
 from duet_mlx.items import Item
 from duet_mlx.model import add_lora

@@ -78,6 +78,20 @@ def test_a_sentence_tells_a_model_that_babbles_and_one_that_refuses_on_a_benchma
     )
 
 
+def test_a_line_names_the_groups_that_the_adapter_was_trained_on(results, capsys):
+    assert "trained on" not in report.markdown_table(results)
+    results["meta"]["trained_on"] = {"forget, trained on": ["data/f.jsonl"], "general": ["data/r.jsonl"]}
+    line = "The adapter was trained on these very files: forget, trained on (data/f.jsonl); general (data/r.jsonl)."
+    assert line in report.markdown_table(results)
+    report.show(results)
+    assert line in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("meta", [None, [], {"trained_on": 7}, {"trained_on": {}}], ids=str)
+def test_a_results_json_that_knows_nothing_of_training_is_shown_without_that_line(meta, results):
+    assert report.on_trained({**results, "meta": meta}) == ""
+
+
 def test_a_smaller_denominator_is_shown(results):
     assert "refused ↑ (n = 6)" in report.format_table(results["rows"])
 
