@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -122,6 +123,7 @@ def run_steps(
 
     model, optimizer = checkpoint.model, checkpoint.optimizer
     carried, waiting, due, losses, tokens = None, 0, False, [], 0
+    since = time.perf_counter()  # not tqdm's clock, which stands where the bar is turned off
     done, last = checkpoint.now.step, settings.iters
     with tqdm(total=last, initial=done, desc="train", unit="step", file=sys.stdout) as bar:
         for it in range(done + 1, last + 1):
@@ -138,9 +140,10 @@ def run_steps(
             tokens += int(stream.lengths[batches[it - 1]].sum())
             bar.update()
             if it % settings.steps_per_report == 0 or it == last:
-                row = report(it, losses, norm.item(), optimizer.learning_rate.item(), batch, tokens, bar)
+                seconds = time.perf_counter() - since
+                row = report(it, losses, norm.item(), optimizer.learning_rate.item(), batch, tokens, seconds, bar)
                 append_text(checkpoint.path / "train_log.jsonl", json.dumps(row) + "\n")
-                losses, tokens = [], 0
+                losses, tokens, since = [], 0, time.perf_counter()
             due = due or bool(settings.save_every) and it % settings.save_every == 0
             if update:
                 waiting = 0
@@ -156,7 +159,9 @@ def run_steps(
                 if stopped and it < last:
                     raise KeyboardInterrupt
             if settings.steps_per_eval and (it % settings.steps_per_eval == 0 or it == last):
+                before = time.perf_counter()
                 validate(model, prepared, valid_stream, loss, bar)
+                since += time.perf_counter() - before  # no steps were taken meanwhile
 
 
 def _not_finite(it: int, what: str, checkpoint: Checkpoint) -> DivergedError:

@@ -38,13 +38,12 @@ def interrupts_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, handler)
 
 
-def report(it: int, losses: list[float], norm: float, rate: float, batch, tokens: int, bar) -> dict[str, Any]:
+def report(
+    it: int, losses: list[float], norm: float, rate: float, batch, tokens: int, seconds: float, bar
+) -> dict[str, Any]:
     """One log row, shown behind the progress bar as well."""
     import mlx.core as mx
 
-    seconds = bar.format_dict["elapsed"]
-    last = getattr(bar, "last_report", 0.0)
-    bar.last_report = seconds
     candidates = max(1, batch.candidate_mask.sum().item() / batch.position_mask.sum().item())
     row = {
         "step": it,
@@ -52,7 +51,7 @@ def report(it: int, losses: list[float], norm: float, rate: float, batch, tokens
         "loss_per_candidate": sum(losses) / len(losses) / candidates,
         "gradient_norm": math.sqrt(norm),
         "learning_rate": rate,
-        "tokens_per_second": tokens / max(1e-9, seconds - last),
+        "tokens_per_second": tokens / max(1e-9, seconds),
         "peak_memory_gb": mx.get_peak_memory() / 1e9,
     }
     bar.set_postfix_str(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -211,6 +212,15 @@ def test_a_schedule_whose_numbers_yaml_reads_as_text(command, quick, tmp_path):
     assert command("train", *quick, "-c", file).code == 0
     log = [json.loads(line) for line in (tmp_path / "adapters" / "train_log.jsonl").read_text().splitlines()]
     assert [row["learning_rate"] for row in log] == pytest.approx([1e-3, 4e-3 / 3, 5e-3 / 3, 2e-3])
+
+
+def test_the_speed_is_told_also_where_the_progress_bar_is_turned_off(quick, tmp_path):
+    """A command of its own: tqdm reads the variable when it is imported."""
+    subprocess.run(
+        [sys.executable, "-m", "duet_mlx.train", *map(str, quick)], env={**os.environ, "TQDM_DISABLE": "1"}, check=True
+    )
+    log = [json.loads(line) for line in (tmp_path / "adapters" / "train_log.jsonl").read_text().splitlines()]
+    assert log and all(0 < row["tokens_per_second"] < 1e7 for row in log)
 
 
 def test_the_papers_recipe_trains(command, quick):
