@@ -10,6 +10,10 @@ EXAMPLE := examples/harry_potter
 OUT     := $(EXAMPLE)/out
 MODEL   := $(EXAMPLE)/SmolLM2-135M-Instruct.Q4_1.gguf
 HELD_OUT := $(wildcard $(EXAMPLE)/data/*_test.jsonl $(EXAMPLE)/reverse_prompts.*)
+# Two tests at a time (more cores: up to four), each file in one process, so that what a file trains is trained once.
+# The order is that of the folders: the long files come first, the short ones of tests/unit fill up the end.
+WORKERS ?= logical
+PYTEST  := OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 WORDS ?=
 
@@ -91,13 +95,13 @@ bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: rati
 # ---- development ----
 
 test: $(VENV)/.dev blas model ## the whole suite, 200 examples a property
-	$(PY) -m pytest --hypothesis-profile ci $(PYTEST_ARGS)
+	$(PYTEST) --hypothesis-profile ci $(PYTEST_ARGS)
 
 quick: $(VENV)/.dev blas model ## the suite with 20 examples a property
-	$(PY) -m pytest --hypothesis-profile quick $(PYTEST_ARGS)
+	$(PYTEST) --hypothesis-profile quick $(PYTEST_ARGS)
 
 coverage: $(VENV)/.dev blas model ## the suite with branch coverage
-	$(PY) -m pytest --hypothesis-profile ci --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) --hypothesis-profile ci --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev blas ## seed faults one at a time (WORDS='adam rope': those alone), each must fail a test
 	$(PY) -m tests.mutants $(WORDS)

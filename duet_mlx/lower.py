@@ -28,11 +28,13 @@ class Lower(NamedTuple):
 
 def find_stack(model: nn.Module) -> tuple[nn.Module, str] | None:
     """The module that holds the list of layers, and the list's name (`layers`, `h`, `blocks`, ...)."""
-    wanted = [id(layer) for layer in model.layers]
-    for _, module in model.named_modules():
+    wanted, waiting = [id(layer) for layer in model.layers], [model]
+    for module in waiting:  # from the outside inwards: every step looks here, and seldom past the second module
         for name, value in module.items():
-            if isinstance(value, list) and [id(layer) for layer in value] == wanted:
+            inside = value if isinstance(value, list) else [value]
+            if inside is value and [id(layer) for layer in value] == wanted:
                 return module, name
+            waiting += [one for one in inside if isinstance(one, nn.Module)]
     return None
 
 

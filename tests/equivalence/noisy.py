@@ -25,6 +25,7 @@ References:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -34,24 +35,23 @@ UNIT = 2.0**-24  # u, the largest relative error of one rounding to float32
 LAMBDA = 8.0
 EXACT = {np.negative, np.positive, np.absolute, np.sign, np.maximum, np.minimum, np.clip}
 LIBRARY = {np.exp, np.tanh, np.sin, np.cos}
-# Signs are read from here, each time from a random place: drawing each anew takes four times as long.
-SIGNS = np.random.default_rng(0).choice([-1.0, 1.0], size=2**20)
+# ±u is read from here, each time from a random place: drawing each sign anew takes four times as long.
+ERRORS = np.random.default_rng(0).choice([-UNIT, UNIT], size=2**20)
+FACTORS = 1 + ERRORS  # what one relative rounding makes of a value
 
 
 class Noisy(np.ndarray):
     """A float64 array whose every operation is followed by random noise of the size of float32's rounding."""
 
-    rng = np.random.default_rng()
+    rng = random.Random()
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
-        plain = [np.asarray(x) if isinstance(x, Noisy) else x for x in inputs]
+        plain = [x.view(np.ndarray) if isinstance(x, Noisy) else x for x in inputs]
         if method == "at":
             return ufunc.at(*plain)
         result = np.asarray(getattr(ufunc, method)(*plain, **options))
         if result.dtype == np.float64 and ufunc not in EXACT:
-            start = self.rng.integers(SIGNS.size - result.size)
-            signs = SIGNS[start : start + result.size].reshape(result.shape)
-            result = _moved(ufunc, method, plain, options, result, UNIT * signs)
+            result = _moved(ufunc, method, plain, options, result, self.rng)
         if out is not None:
             np.asarray(out[0])[...] = result
             return out[0]
@@ -62,8 +62,13 @@ class Noisy(np.ndarray):
         return result.view(Noisy) if type(result) is np.ndarray and result.dtype == np.float64 else result
 
 
-def _moved(ufunc: Any, method: str, inputs: list[Any], options: dict[str, Any], result: Any, by: Any) -> Any:
-    """Each entry of the result, moved by b_i up or down; `by` is ±u."""
+def _moved(ufunc: Any, method: str, inputs: list[Any], options: dict[str, Any], result: Any, rng: Any) -> Any:
+    """Each entry of the result, moved by b_i up or down."""
+    start = int(rng.random() * (len(ERRORS) - result.size))
+    place = slice(start, start + result.size)
+    if ufunc is not np.matmul and method != "reduce" and ufunc is not np.power and ufunc not in LIBRARY:
+        return result * FACTORS[place].reshape(result.shape)  # a factor: -inf, a masked score, stays
+    by = ERRORS[place].reshape(result.shape)  # ±u
     if ufunc is np.matmul:
         return result + by * np.sqrt(inputs[0].shape[-1]) * (np.abs(inputs[0]) @ np.abs(inputs[1]))
     if method == "reduce":
@@ -72,7 +77,7 @@ def _moved(ufunc: Any, method: str, inputs: list[Any], options: dict[str, Any], 
     if ufunc is np.power:
         size = np.abs(result)
         return result * (1 + by * (8 + 4 * np.abs(np.log(size, out=np.zeros_like(size), where=size > 0))))
-    return result * (1 + (8 * by if ufunc in LIBRARY else by))  # a factor: -inf, a masked score, stays
+    return result * (1 + 8 * by)
 
 
 def noisy(tree: Any) -> Any:

@@ -16,9 +16,9 @@ turns = st.lists(st.tuples(texts, texts), max_size=2)
 
 def in_front(context: Context) -> list[int]:
     """The context's own tokens: TOKENIZER's template written out by hand, a token a character."""
-    text = f"<system>{context.system}\n" if context.system else ""
+    text = f"<s>{context.system}\n" if context.system else ""
     for question, answer in context.turns:
-        text += f"<user>{question.strip()}\n<assistant>{answer.strip()}\n"
+        text += f"<u>{question.strip()}\n<a>{answer.strip()}\n"
     return TOKENIZER.encode(text, add_special_tokens=False)
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
@@ -26,7 +26,7 @@ from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets, teacher_targets
 from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
 from reference import teacher as ref
-from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, duet_loss, fewer, llama, plain_logits, tokenizer
+from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, duet_loss, llama, plain_logits, tokenizer
 from tests.reference.exact_float64 import exact_float64
 
 TOKENIZER = tokenizer()
@@ -52,6 +52,16 @@ with mx.stream(mx.cpu):
     STUDENTS = {(dtype, tied): student(dtype, tied) for dtype in (mx.float32, mx.float64) for tied in (True, False)}
     SAME_AS_BASE = {dtype: student(dtype, trained=False) for dtype in (mx.float32, mx.float64)}
     BASES = {dtype: llama(dtype=dtype) for dtype in (mx.float32, mx.float64)}
+HEADS: dict[int, nn.Module] = {}
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The K-row head of one of these models, which is checked once."""
+    if id(model) not in HEADS:
+        head, reason = check_head(model, mx.array([[1, 2, 3]]))
+        assert head is not None, reason
+        HEADS[id(model)] = head
+    return HEADS[id(model)]
 
 
 def rounding(dtype: Any, size: float = 1.0) -> float:
@@ -73,7 +83,6 @@ def random_targets(rng: np.random.Generator, count: int, n: int, width: int, dty
 @given(
     rows=prompts, seed=seeds, n=st.integers(1, 3), width=st.integers(1, 8), tied=st.booleans(), more=st.integers(0, 9)
 )
-@fewer(4)
 def test_a_querys_loss_hangs_on_nothing_but_itself(
     dtype: Any, rows: list[list[int]], seed: int, n: int, width: int, tied: bool, more: int
 ) -> None:
@@ -83,8 +92,7 @@ def test_a_querys_loss_hangs_on_nothing_but_itself(
         start = rows[0][: seed % 4]
         asked = [start + row for row in rows]
         targets = random_targets(np.random.default_rng(seed), len(asked), n, width, dtype)
-        head, reason = check_head(model, mx.array([[1, 2, 3]]))
-        assert head is not None, reason
+        head = head_of(model)
         plain = Stream(asked, targets, 0)
         alone = [
             duet_loss(model, plain.batch(np.array([i])), [], None, 1.0, False)[0].item() for i in range(len(asked))
@@ -122,7 +130,6 @@ with mx.stream(mx.cpu):
 
 @precisions
 @given(rows=prompts, seed=seeds, n=st.integers(1, 3), width=st.integers(1, 8), tied=st.booleans())
-@fewer(4)
 def test_layers_run_once_give_the_loss_and_gradient_of_layers_run_each_time(
     dtype: Any, rows: list[list[int]], seed: int, n: int, width: int, tied: bool
 ) -> None:
@@ -130,7 +137,7 @@ def test_layers_run_once_give_the_loss_and_gradient_of_layers_run_each_time(
         model = UPPER[dtype, tied]
         asked = [rows[0][: seed % 4] + row for row in rows]
         targets = random_targets(np.random.default_rng(seed), len(asked), n, width, dtype)
-        head, _ = check_head(model, mx.array([[1, 2, 3]]))
+        head = head_of(model)
         for length in {0, generate.common_prefix(asked)}:
             prefix, stream = asked[0][:length], Stream(asked, targets, length)
 
@@ -174,7 +181,6 @@ def test_layers_below_are_run_in_each_step_where_the_architecture_does_not_allow
 
 @precisions
 @given(seed=seeds, n=st.integers(1, 3), mode=st.sampled_from(["teacher", "union"]))
-@fewer(4)
 def test_a_querys_targets_hang_on_nothing_but_itself(dtype: Any, seed: int, n: int, mode: str) -> None:
     rng = np.random.default_rng(seed)
     asked = [
@@ -184,7 +190,7 @@ def test_a_querys_targets_hang_on_nothing_but_itself(dtype: Any, seed: int, n: i
     settings = TrainSettings(top_k=4, candidates=mode, positions=n, retain_context="teacher")
     with exact_float64():
         model = BASES[dtype]
-        head, _ = check_head(model, mx.array([[1, 2, 3]]))
+        head = head_of(model)
         together = teacher_targets(model, TOKENIZER, asked, [CONTEXT], settings, head)
         for i, query in enumerate(asked):
             alone = teacher_targets(model, TOKENIZER, [query], [CONTEXT], settings)
@@ -203,7 +209,6 @@ def test_a_querys_targets_hang_on_nothing_but_itself(dtype: Any, seed: int, n: i
 
 @precisions
 @given(rows=prompts, count=st.integers(1, 5), size=st.integers(1, 3), seed=seeds)
-@fewer(4)
 def test_greedy_in_batches_is_greedy_alone_and_the_references(
     dtype: Any, rows: list[list[int]], count: int, size: int, seed: int
 ) -> None:
@@ -211,7 +216,7 @@ def test_greedy_in_batches_is_greedy_alone_and_the_references(
     with exact_float64():
         model, stop = BASES[dtype], {0, seed % VOCABULARY}
         asked = [rows[0][: seed % 3] + row for row in rows]
-        head, _ = check_head(model, mx.array([[1, 2, 3]]))
+        head = head_of(model)
         got = generate.greedy(model, asked, count, stop, batch_size=size, head=head)
         for prompt, answer in zip(asked, got, strict=True):
             gaps = []
@@ -231,7 +236,6 @@ def test_greedy_in_batches_is_greedy_alone_and_the_references(
 @given(
     text=st.text(alphabet="abcd ?", min_size=1, max_size=8).filter(str.strip), n=st.integers(1, 3), center=st.booleans()
 )
-@fewer(4)
 def test_an_empty_context_and_a_fresh_adapter_give_no_loss_and_no_gradient(
     dtype: Any, text: str, n: int, center: bool
 ) -> None:
@@ -254,7 +258,6 @@ def test_an_empty_context_and_a_fresh_adapter_give_no_loss_and_no_gradient(
 
 
 @given(seed=seeds)
-@fewer(4)
 def test_all_candidates_without_delta_are_half_the_squared_error_of_all_logits(seed: int) -> None:
     rng = np.random.default_rng(seed)
     asked = [Query(f"{i}", "".join(rng.choice(list("abc?"), size=i + 1)), "forget") for i in range(2)]
@@ -271,9 +274,8 @@ def test_all_candidates_without_delta_are_half_the_squared_error_of_all_logits(s
         assert total.item() == pytest.approx(0.5 * sum((e**2).sum() for e in errors), rel=1e-9)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@given(seed=seeds)
-@fewer(20)
+@given(quantized=st.booleans(), seed=seeds)
+@example(quantized=False, seed=754)  # masks that leave no candidate, had they not been lifted below
 def test_lora_and_training_steps_leave_the_bases_hash_as_it_was(quantized: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     model = llama(seed % 1000)
@@ -286,7 +288,9 @@ def test_lora_and_training_steps_leave_the_bases_hash_as_it_was(quantized: bool,
     settings = TrainSettings(iters=3, learning_rate=0.01)
     optimizer = make_optimizer(settings)
     optimizer.init(model.trainable_parameters())
-    stream = Stream([[1, 2, 3], [4, 5]], random_targets(rng, 2, 2, 3, mx.float32), 0)
+    targets = random_targets(rng, 2, 2, 3, mx.float32)
+    targets = targets._replace(candidate_mask=np.repeat(targets.position_mask[..., None], 3, axis=-1))
+    stream = Stream([[1, 2, 3], [4, 5]], targets, 0)
     step = make_step(model, optimizer, lambda m, b: duet_loss(m, b, [], None, 1.0, True), settings, compiled=False)
     for _ in range(2):
         mx.eval(step(stream.batch(np.arange(2)), None, 1), model.trainable_parameters())
@@ -315,7 +319,6 @@ def test_the_hash_sees_a_single_changed_bit_of_the_base() -> None:
 
 
 @given(every=st.integers(2, 3), seed=seeds)
-@fewer(10)
 def test_accumulated_steps_are_one_step_of_the_mean_gradient(every: int, seed: int) -> None:
     """Batches of equal size, one after the other without an update, then one batch of them all."""
     rng = np.random.default_rng(seed)

@@ -22,8 +22,8 @@ from duet_mlx.methods import METHODS, method_loss
 from duet_mlx.probe import answer_ids
 from duet_mlx.stream import Stream
 from duet_mlx.train import TrainSettings, run_lower
-from tests.equivalence.test_invariants import TOKENIZER, UPPER
-from tests.equivalence.tiny import FLOAT64, fewer
+from tests.equivalence.test_invariants import TOKENIZER, UPPER, head_of
+from tests.equivalence.tiny import FLOAT64, shared
 from tests.reference.exact_float64 import exact_float64
 
 CONTEXTS = [Context("shy", "Say nothing.", (("Who?", "No."),))]
@@ -39,7 +39,7 @@ def settings_of(method: str, **more: Any) -> TrainSettings:
 
 @pytest.mark.parametrize("method", METHODS)
 @given(forget=st.lists(texts, min_size=1, max_size=3), kept=st.lists(texts, min_size=1, max_size=3))
-@fewer(20)
+@shared(len(METHODS))
 def test_prefix_lower_layers_and_padding_change_no_loss_and_no_gradient(
     method: str, forget: list[str], kept: list[str]
 ) -> None:
@@ -53,8 +53,7 @@ def test_prefix_lower_layers_and_padding_change_no_loss_and_no_gradient(
     queries += [Query(f"r{i}", text, "retain") for i, text in enumerate(kept)]
     with exact_float64():
         model = UPPER[mx.float64, True]
-        head, reason = check_head(model, mx.array([[1, 2, 3]]))
-        assert head is not None, reason
+        head = head_of(model)
         targets = targets_of(model, TOKENIZER, queries, CONTEXTS, settings, head)
         prompts = [render(TOKENIZER, query.question) for query in queries]
         rows, first = np.arange(len(queries)), np.arange(len(forget))

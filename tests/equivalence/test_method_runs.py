@@ -9,16 +9,16 @@ given there: greedy ones would hang on rounding where two words are as likely.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import hypothesis
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import Phase, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from duet_mlx.data import in_turn
@@ -34,13 +34,11 @@ from reference import baselines as ref
 from reference.teacher import context_of
 from reference.unlearn import Labelled
 from tests.equivalence.noisy import Noisy
-from tests.equivalence.test_whole_runs import check_run, check_step, free_run, restart, rounded
+from tests.equivalence.test_whole_runs import check_run, check_step, free_run, restart, rounded, unshrunk
+from tests.equivalence.tiny import shared
 from tests.equivalence.twins import TOKENIZER, Run, runs
 from tests.reference.exact_float64 import exact_float64
 
-few = hypothesis.settings(
-    max_examples=max(2, hypothesis.settings().max_examples // 40), phases=(Phase.explicit, Phase.reuse, Phase.generate)
-)
 METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defaults, where they are not told
     "graddiff": {"gamma": 0.7, "alpha": 1.3},
     "npo": {"beta": 0.4},
@@ -141,7 +139,7 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
 
 @pytest.mark.parametrize("method", METHODS)
 @given(run=runs())
-@few
+@unshrunk(shared(len(METHODS)))
 def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
     settings = settings_of(run, method, answer_tokens=4)
     if method == "rmu":  # its layer must be an adapted one
@@ -161,9 +159,9 @@ def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "kl"])
 @given(run=runs(), seed=st.integers(0, 2**32))
-@few
+@unshrunk(shared(len(METHODS) - 1))
 def test_steps_in_float32_are_the_references_within_rounding(method: str, run: Run, seed: int) -> None:
-    Noisy.rng = np.random.default_rng(seed)
+    Noisy.rng = random.Random(seed)
     settings = settings_of(run, method, answers="gold", num_layers=-1)
     answered = [replace(query, answer=("Who", "a b", "?")[i % 3]) for i, query in enumerate(run.queries)]
     run = run._replace(settings=settings, queries=answered)

@@ -9,12 +9,15 @@ stay below 2e-9. Asked for is 1e-9; the most seen in 100 draws was 8e-13.
 In float32 a free run can bound nothing, since Adam makes a whole step of a rounding error where the gradient is 0. So
 each step starts from the reference's state, rounded to float32, and the update is compared with Adam's of the gradient
 that was applied, within the worst case (rounding.py). Of targets, losses and gradients the bounds are what float32 may
-do to the reference's own arithmetic (noisy.py), mostly 1e-5 to 1e-3 of a value's norm.
+do to the reference's own arithmetic (noisy.py), mostly 1e-5 to 1e-3 of a value's norm. To find them takes ten times as
+long as the step itself, so loss and gradients are held to them at two drawn steps of each run: at each of the 20 in
+some 20 of 200 runs.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +27,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import hypothesis
 import mlx.core as mx
 import numpy as np
-from hypothesis import Phase, given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -41,12 +43,14 @@ from reference import adam, duet, lora
 from reference.teacher import context_of
 from tests.equivalence.noisy import Noisy, noisy, rounding_bounds
 from tests.equivalence.rounding import adam_bound
-from tests.equivalence.tiny import duet_loss, fewer
+from tests.equivalence.tiny import duet_loss
 from tests.equivalence.twins import STEPS, TOKENIZER, Run, runs
 from tests.reference.exact_float64 import exact_float64
 
-# A failing run is not shrunk: each try would train a model.
-few = hypothesis.settings(fewer(20), phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+def unshrunk(of: settings | None = None) -> settings:
+    """These settings (the profile's), but a failing run is not shrunk: each try would train a model."""
+    return settings(of, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 
 # --- float64: both run free ---------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def check_run(log: list[dict], final: dict[str, mx.array], losses: list[float], 
 
 
 @given(run=runs())
-@few
+@unshrunk()
 def test_a_free_run_in_float64_is_the_references(run: Run) -> None:
     student = run.student()
     targets, log, final = free_run(run, student, teacher_targets)
@@ -118,10 +122,12 @@ def test_a_free_run_in_float64_is_the_references(run: Run) -> None:
 # --- float32: each step by itself ---------------------------------------------------------------------------
 
 
-@given(run=runs(), seed=st.integers(0, 2**32))
-@few
-def test_targets_and_each_step_in_float32_are_the_references_within_rounding(run: Run, seed: int) -> None:
-    Noisy.rng = np.random.default_rng(seed)
+@given(run=runs(), seed=st.integers(0, 2**32), bounded=st.sets(st.integers(0, STEPS - 1), min_size=2, max_size=2))
+@unshrunk()
+def test_targets_and_each_step_in_float32_are_the_references_within_rounding(
+    run: Run, seed: int, bounded: set[int]
+) -> None:
+    Noisy.rng = random.Random(seed)
     student, asked, prompts = run.student(), run.given(), run.prompts()
     expected = duet.teacher_targets(student._replace(adapters={}), **asked)
     with exact_float64():  # for the CPU, where it computes
@@ -147,21 +153,23 @@ def test_targets_and_each_step_in_float32_are_the_references_within_rounding(run
         step = make_step(model, optimizer, loss, run.settings, compiled=False)
 
         state = adam.init(lora.parameters(student.adapters))
-        for rows in steps:
+        for number, rows in enumerate(steps):
             student, state = rounded(student, state)
             arrays = lora.parameters(student.adapters)
             of_batch, asking = type(constant)(*(part[rows] for part in constant)), [prompts[row] for row in rows]
             taken = partial(loss_and_gradients, prompts=asking, constant=of_batch, settings=asked["settings"])
             restart(model, optimizer, arrays, state)
             one = partial(step, stream.batch(rows), None, 1)
-            exact = check_step(one, taken, model, optimizer, student, state)
+            exact = check_step(one, taken, model, optimizer, student, state, number in bounded)
             gradients = {name: exact[name] for name in arrays}
             arrays, state = adam.step(arrays, gradients, state, run.settings.learning_rate)
             student = student._replace(adapters=lora.updated(student.adapters, arrays))
 
 
-def check_step(step: Any, taken: Any, model: Any, optimizer: Any, student: Any, state: adam.Adam) -> dict[str, Any]:
-    """The loss and gradients of a step as the reference takes it, and Adam's update of the gradients applied.
+def check_step(
+    step: Any, taken: Any, model: Any, optimizer: Any, student: Any, state: adam.Adam, bounded: bool = True
+) -> dict[str, Any]:
+    """Adam's update of the gradients applied and, if `bounded`, loss and gradients within rounding of the reference's.
 
     Returns what the reference has for loss and gradients.
     """
@@ -170,7 +178,8 @@ def check_step(step: Any, taken: Any, model: Any, optimizer: Any, student: Any, 
         mx.eval(model.parameters(), optimizer.state, value)
     exact, before = taken(student), lora.parameters(student.adapters)
     assert applied.keys() == before.keys()
-    check({"loss": value.item(), **applied}, exact, rounding_bounds(lambda: taken(with_noise(student)), exact))
+    if bounded:
+        check({"loss": value.item(), **applied}, exact, rounding_bounds(lambda: taken(with_noise(student)), exact))
 
     gradients = {name: np.array(g, dtype=np.float64) for name, g in applied.items()}
     rate, got = optimizer.learning_rate.item(), backend.adapter_parameters(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import Any
 
@@ -19,8 +20,8 @@ from duet_mlx.train import TrainSettings
 CHARACTERS = [*string.ascii_letters, *" \n:.?<>/"]
 VOCABULARY = 1 + len(CHARACTERS)  # V; id 0 ends the turn
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
 )
 # Of each activation, sums of at most D + F = 96 products, five of them in a row in each of two layers, and the head;
 # RMSNorm keeps what enters them at order 1, so rounding grows with their number and with the largest logit.
@@ -28,9 +29,9 @@ ROUNDINGS = 2 * 5 * 96 + 32
 FLOAT32, FLOAT64 = ROUNDINGS * 2.0**-24, ROUNDINGS * 2.0**-53
 
 
-def fewer(share: int) -> settings:
-    """A share of the profile's examples, for properties that run a model many times."""
-    return settings(max_examples=max(5, settings().max_examples // share))
+def shared(parts: int) -> settings:
+    """The profile's examples in equal parts, for a property that takes so many methods or families in turn."""
+    return settings(max_examples=math.ceil(settings().max_examples / parts))
 
 
 def tokenizer() -> TokenizerWrapper:

@@ -19,6 +19,7 @@ from mlx_lm.utils import dequantize_model
 from reference import baselines, lora, parts
 from reference import transformer as ref
 from reference.quantize import Packed
+from tests.equivalence.tiny import shared
 from tests.reference.exact_float64 import exact_float64
 from tests.reference.finite_differences import STEP, assert_gradient, numerical_slope, rounding
 
@@ -102,7 +103,7 @@ def twins(family: str, seed: int, rank: int = 2) -> tuple[nn.Module, ref.Model]:
 
 @every_family
 @given(seed=st.integers(0, 2**32), size=st.tuples(st.integers(1, 3), st.integers(1, 6)))
-@settings(max_examples=10)
+@shared(len(families()))
 def test_logits_are_mlx_lms(family: str, seed: int, size: tuple[int, int]) -> None:
     theirs, ours = twins(family, seed)
     tokens = np.random.default_rng(seed).integers(V, size=size)
@@ -115,7 +116,7 @@ def test_logits_are_mlx_lms(family: str, seed: int, size: tuple[int, int]) -> No
 
 @every_family
 @given(seed=st.integers(0, 2**32), cut=st.integers(1, 4))
-@settings(max_examples=5)
+@shared(len(families()))
 def test_logits_after_a_cache_are_mlx_lms(family: str, seed: int, cut: int) -> None:
     theirs, ours = twins(family, seed)
     tokens = np.random.default_rng(seed).integers(V, size=(2, 5))
@@ -130,7 +131,7 @@ def test_logits_after_a_cache_are_mlx_lms(family: str, seed: int, cut: int) -> N
 
 @every_family
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=5)
+@shared(len(families()))
 def test_gradients_are_those_of_mlxs_autodiff(family: str, seed: int) -> None:
     theirs, ours = twins(family, seed)
     rng = np.random.default_rng(seed)
