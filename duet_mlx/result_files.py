@@ -10,8 +10,10 @@ from typing import Any
 
 from .errors import ConfigError, TrainingError
 from .picture import picture
+from .question_picture import question_picture
 
 RESULTS, SAMPLES, PICTURES = "results.json", "samples.jsonl", ("results.png", "results.svg")
+QUESTIONS = ("questions.png", "questions.svg")
 KEPT = "answers"  # kept_answers.py writes there
 
 
@@ -20,7 +22,7 @@ def check_free(out: str, overwrite: bool) -> None:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {out}: is a file, expected a folder")
-    for name in (RESULTS, SAMPLES, *PICTURES):
+    for name in (RESULTS, SAMPLES, *PICTURES, *QUESTIONS):
         if (folder / name).is_dir():
             raise ConfigError(f"--out {out}: {name} in it is a folder, expected a file or nothing")
         if (folder / name).exists() and not overwrite:
@@ -41,7 +43,7 @@ def _is_odd(value: Any) -> bool:
 
 
 def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    """Write each file whole or not at all; the picture last, for it is drawn from what is in the others.
+    """Write each file whole or not at all; the pictures last, for they are drawn from what is in the others.
 
     Raises:
         TrainingError: no room.
@@ -54,7 +56,7 @@ def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> 
     try:
         for name, text in contents.items():
             partials[name].write_text(text, encoding="utf-8")
-        for name in PICTURES:  # with --overwrite: never an old picture beside new figures
+        for name in (*PICTURES, *QUESTIONS):  # with --overwrite: never an old picture beside new figures
             (out / name).unlink(missing_ok=True)
         for name, partial in partials.items():
             os.replace(partial, out / name)
@@ -64,3 +66,5 @@ def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> 
         raise TrainingError(f"{out / name}: cannot be written ({error.strerror}); the answers are kept") from error
     for name in PICTURES:
         picture(results, out / name)
+    for name in QUESTIONS:
+        question_picture(samples, out / name)

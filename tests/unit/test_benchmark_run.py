@@ -112,7 +112,7 @@ def test_samples_hold_each_question_with_each_models_answer_and_scores(tofu):
 
 def test_answers_are_kept_beside_the_results_a_file_a_column(tofu):
     assert {path.name for path in tofu.iterdir() if path.is_file()} == {
-        "results.json", "results.png", "results.svg", "samples.jsonl"
+        "questions.png", "questions.svg", "results.json", "results.png", "results.svg", "samples.jsonl"
     }  # fmt: skip
     columns = ("base", "base_context", "unlearned", "retrained")
     assert {path.name for path in (tofu / "answers").iterdir()} == {f"tofu_forget01_{c}.json" for c in columns}

@@ -110,6 +110,7 @@ def test_a_whole_run_leaves_the_three_files_with_every_model_group_and_metric(se
     saved = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     assert saved == json.loads(json.dumps(results))
     assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "questions.png").stat().st_size > 10_000
 
     reverse = ["forget, reverse 1", "forget, reverse 2", "forget, worst reverse"]
     seen = {(row["model"], row["group"]) for row in saved["rows"]}
@@ -587,7 +588,7 @@ def test_a_logit_that_is_masked_by_minus_infinity_is_no_fault():
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["results.json", "samples.jsonl", "results.png", "results.svg"])
+@pytest.mark.parametrize("name", ["results.json", "samples.jsonl", "results.png", "results.svg", "questions.png"])
 def test_none_of_these_files_is_replaced_unasked(name, settings, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
@@ -634,6 +635,15 @@ def test_a_picture_for_which_there_is_no_room_costs_no_figure_and_leaves_no_old_
         result_files.write(tmp_path, RESULTS, [{"answer": "new"}])
     after = contents(tmp_path)
     assert set(after) == {"results.json", "samples.jsonl"} and b"new" in after["samples.jsonl"]
+
+
+def test_an_old_picture_of_the_questions_does_not_stay_beside_figures_that_have_none(tmp_path):
+    one = {"id": "q", "group": "forget", "question": "Who?", "answer": "He.", "recall": 0.5}
+    both = [{**one, "model": model} for model in ("base + context", "unlearned")]
+    result_files.write(tmp_path, RESULTS, both)
+    assert {"questions.png", "questions.svg"} <= set(contents(tmp_path))
+    result_files.write(tmp_path, RESULTS, both[:1])
+    assert set(contents(tmp_path)) == {"results.json", "samples.jsonl", "results.png", "results.svg"}
 
 
 def test_null_and_a_reason_stand_for_a_number_that_json_has_no_word_for():
