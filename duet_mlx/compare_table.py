@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
-from .report import cell
+from .report_table import cell
 
 Row = dict[str, Any]
 WORST = f"{FORGET}, worst reverse"

@@ -16,17 +16,10 @@ from typing import Any
 
 from .data import file_hash, read_jsonl
 from .errors import ConfigError, DataError, run_cli
-from .measures import ARROWS, MEASURES
 from .metrics import FORGET, GENERAL, NEIGHBOURS
+from .report_table import format_table, markdown_table, models_of, on_trained
 
 Row = dict[str, Any]
-# Behind a reverse prompt only these are shown; results.json has all.
-SHOWN_REVERSE = ("recall", "refused")
-LEGEND = (
-    "Mean over questions [95 % bootstrap interval]. ↓ lower is better, ↑ higher is better, – undefined. The "
-    "base's answer is its own, greedy and without context; the chance floor is what unrelated answers share "
-    "with it."
-)
 
 
 def load_beside(specs: Sequence[str], taken: Sequence[str]) -> list[Row]:
@@ -102,118 +95,6 @@ def load_samples(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-# --- tables -------------------------------------------------------------------------------------------------
-
-
-def _models(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["model"] for row in rows))
-
-
-def _groups(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["group"] for row in rows))
-
-
-def cell(row: Row | None) -> str:
-    """`0.12 [0.08, 0.17]`, or – where the value is undefined or was not measured."""
-    if row is None or row["value"] is None:
-        return "–"
-    interval = row.get("ci")
-    return f"{row['value']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-
-
-def _lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """(label, a cell for each model) of every line; a group's heading has no cells."""
-    models = _models(rows)
-    by_key = {(row["model"], row["group"], row["metric"]): row for row in rows}
-    lines: list[tuple[str, list[str]]] = []
-    for group in _groups(rows):
-        count = max(row["n"] for row in rows if row["group"] == group)
-        lines.append((f"{group} ({count} question{'s' * (count != 1)})", []))
-        for metric in MEASURES:
-            found = [by_key.get((model, group, metric.key)) for model in models]
-            if all(row is None for row in found):
-                continue
-            if ", reverse" in group and metric.key not in SHOWN_REVERSE:
-                continue
-            # Only where it says more than "refused": the base itself refuses some.
-            if metric.key == "refused_all" and not (found[0] or {}).get("value"):
-                continue
-            if all(row is None or row["value"] is None for row in found):
-                continue  # results.json has the reason
-            label = f"{metric.label} {ARROWS[metric.direction(group)]}".rstrip()
-            if metric.key in ("recall_gold", "refused"):
-                asked = max(row["n"] for row in found if row)
-                label += f" (n = {asked})" if asked != count else ""
-            lines.append((label, [cell(row) for row in found]))
-    return lines
-
-
-def format_table(rows: Sequence[Row]) -> str:
-    """The table for a terminal: a line a measure, a column a model."""
-    models, lines = _models(rows), _lines(rows)
-    first = max(len(label) for label, _ in lines) + 4  # two before a measure's label, two behind it
-    widths = [max([len(m), *(len(cells[i]) for _, cells in lines if cells)]) for i, m in enumerate(models)]
-    out = [" " * first + "  ".join(m.ljust(w) for m, w in zip(models, widths, strict=True))]
-    for label, cells in lines:
-        if not cells:
-            out += ["", label]
-        else:
-            padded = (c.ljust(w) for c, w in zip(cells, widths, strict=True))
-            out.append("  " + label.ljust(first - 2) + "  ".join(padded))
-    for text in (in_a_sentence(rows), LEGEND):
-        out += ["", *textwrap.wrap(text, 110)] if text else []
-    return "\n".join(line.rstrip() for line in out)
-
-
-def on_trained(results: dict[str, Any]) -> str:
-    """Which groups the adapter was trained on, by the hashes of its files (provenance.trained_on); '' for none."""
-    meta = results.get("meta")
-    found = meta.get("trained_on") if isinstance(meta, dict) else None
-    if not isinstance(found, dict) or not found:
-        return ""
-    named = "; ".join(f"{group} ({', '.join(map(str, files))})" for group, files in found.items())
-    return f"The adapter was trained on these very files: {named}. All other groups are of other files."
-
-
-def markdown_table(results: dict[str, Any]) -> str:
-    """The same table in Markdown, with the legend under it."""
-    rows = results["rows"]
-    models = _models(rows)
-    out = ["| | " + " | ".join(model.replace("|", "\\|") for model in models) + " |", "|---" * (len(models) + 1) + "|"]
-    for label, cells in _lines(rows):
-        text = label.strip() if cells else f"**{label}**"
-        out.append(f"| {text} | " + " | ".join(cells or [""] * len(models)) + " |")
-    return "\n\n".join(text for text in ("\n".join(out), in_a_sentence(rows), on_trained(results), LEGEND) if text)
-
-
-def in_a_sentence(rows: Sequence[Row]) -> str:
-    """What became of the base in the column 'unlearned', for a reader of nothing else; '' without that column."""
-    values = {(row["model"], row["group"], row["metric"]): row["value"] for row in rows}
-    groups = _groups(rows)
-
-    def percent(group: str, metric: str, model: str = "unlearned") -> str | None:
-        value = values.get((model, group, metric))
-        return None if value is None else f"{100 * value:.0f} %"
-
-    said = []
-    for group in groups:
-        if "reverse" in group:
-            continue
-        forget = group.startswith(FORGET)
-        before = percent(group, "rouge_recall", "base")
-        now = percent(group, "recall" if forget else "f1")
-        if now is not None:
-            found = [f"{now} of the base's answers {'left' if forget else 'kept'}"]
-        elif before is not None and (now := percent(group, "rouge_recall")):
-            found = [f"{now} of the reference answers given, {before} before"]
-        else:
-            continue
-        for name, keys in (("refused", ("refused", "refusals")), ("broken", ("broken",))):
-            found += [f"{value} {name}" for key in keys if (value := percent(group, key))]
-        said.append(f"{group}: {', '.join(found)}")
-    return f"After unlearning, {'; '.join(said)}." if said else ""
-
-
 def side_by_side(samples: Sequence[dict[str, Any]], count: int = 5) -> str:
     """What each model answers to a few questions, forget ones first, spread evenly over each group."""
     by_question: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -263,7 +144,7 @@ def main() -> None:
     parser.add_argument("--beside", nargs="+", default=[], metavar="NAME=FILE", help="columns of other results.json")
     args = parser.parse_args()
     results = load_results(args.results)
-    results["rows"] += load_beside(args.beside, _models(results["rows"]))
+    results["rows"] += load_beside(args.beside, models_of(results["rows"]))
     if args.markdown:
         print(markdown_table(results))
     else:

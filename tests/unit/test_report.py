@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from duet_mlx import report
+from duet_mlx import report, report_table
 from duet_mlx.errors import ConfigError, DataError
 from duet_mlx.picture import legend_name, picture
 
@@ -47,7 +47,7 @@ def test_the_table_has_a_line_a_measure_and_a_column_a_model(results):
     assert "↓" in recall and recall.endswith("0.12 [0.06, 0.19]")
     f1 = next(line for line in lines if "F1" in line)
     assert "↑" in f1 and f1.startswith("  ")
-    assert "forget (8 questions)" in lines
+    assert "forget (8 questions): should go" in lines and "general (8 questions): should stay" in lines
 
 
 def test_a_sentence_says_what_became_of_each_group(results):
@@ -55,10 +55,36 @@ def test_a_sentence_says_what_became_of_each_group(results):
         "After unlearning, forget: 12 % of the base's answers left, 88 % refused; "
         "general: 90 % of the base's answers kept."
     )
-    assert report.in_a_sentence(results["rows"]) == sentence
+    assert report_table.in_a_sentence(results["rows"]) == sentence
     assert sentence in report.markdown_table(results)
     assert sentence in " ".join(report.format_table(results["rows"]).split())
-    assert report.in_a_sentence([row for row in results["rows"] if row["model"] != "unlearned"]) == ""
+    assert report_table.in_a_sentence([row for row in results["rows"] if row["model"] != "unlearned"]) == ""
+
+
+def test_a_group_that_should_neither_go_nor_stay_is_not_labelled(results):
+    rows = [row("base", "tofu:x as a whole", "model_utility", 0.5), row("base", "holdout, muse", "min_k", -3.0)]
+    lines = report.format_table(results["rows"] + rows).splitlines()
+    assert "tofu:x as a whole (8 questions)" in lines and "holdout, muse (8 questions)" in lines
+
+
+def test_the_legend_says_what_each_column_is_and_reverse_where_there_is_any(results):
+    for shown in (report.markdown_table(results), report.format_table(results["rows"])):
+        text = " ".join(shown.split())
+        assert "base: the model before; base + context: the same model" in text and "retrained:" not in text
+        assert "unlearned: the model with the adapter" in text and "worst reverse: of these prompts" in text
+    plain = [r for r in results["rows"] if r["model"] == "unlearned" and "reverse" not in r["group"]]
+    (columns, how) = report_table.legend(plain)
+    assert columns == "Columns. unlearned: the model with the adapter, without instructions." and "reverse" not in how
+
+
+def test_a_model_that_babbles_without_repeating_itself_shows_by_its_perplexity(results):
+    """It forgets everything, refuses nothing and is not broken by the letter."""
+    for model, value in (("base", 2.2), ("base + context", 4.1), ("unlearned", 49152.0)):
+        results["rows"].append(row(model, "general", "perplexity", value, [value, value]))
+    sentence = "general: 90 % of the base's answers kept, perplexity 4.92e+04, 2.20 before."
+    assert report_table.in_a_sentence(results["rows"]).endswith(sentence)
+    (line,) = [line for line in report.format_table(results["rows"]).splitlines() if "under the base" in line]
+    assert "perplexity under the base ↓" in line and line.split()[-3:] == ["4.92e+04", "[4.92e+04,", "4.92e+04]"]
 
 
 def test_a_sentence_tells_a_model_that_babbles_and_one_that_refuses_on_a_benchmark():
@@ -72,7 +98,7 @@ def test_a_sentence_tells_a_model_that_babbles_and_one_that_refuses_on_a_benchma
         for metric, values in figures.items()
         for model, value in zip(("base", "unlearned"), values, strict=True)
     ]
-    assert report.in_a_sentence(rows) == (
+    assert report_table.in_a_sentence(rows) == (
         "After unlearning, forget, tofu:x: 10 % of the reference answers given, 92 % before, 0 % refused, "
         "100 % broken; retain, tofu:x: 0 % of the reference answers given, 90 % before, 100 % refused, 0 % broken."
     )
@@ -111,14 +137,14 @@ def test_what_no_model_has_is_left_out_and_what_one_lacks_is_a_dash(results):
 
 def test_behind_a_reverse_prompt_only_recall_and_refusals_are_shown(results):
     table = report.format_table(results["rows"])
-    assert "broken" not in table
+    assert "broken ↓" not in table
     assert "forget, worst reverse" in table
 
 
 def test_markdown_has_equal_columns_everywhere(results):
     lines = [line for line in report.markdown_table(results).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
-    assert any("**forget (8 questions)**" in line for line in lines)
+    assert any("**forget (8 questions): should go**" in line for line in lines)
 
 
 def test_samples_show_every_model_once_a_question():
