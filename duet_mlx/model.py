@@ -20,6 +20,7 @@ from mlx_lm.utils import load_tokenizer as load_words
 
 from .errors import ModelError
 from .gguf import convert_gguf
+from .swiglu import replace_swiglu
 
 # Files of a hub repository that a model needs (mlx-lm's own list); never its pickles.
 HUB_FILES = [
@@ -106,6 +107,8 @@ def load_model(
         # MLX's quantized product is a scalar loop on CPU, and half floats are slower still; the numbers are the same.
         with mx.stream(mx.cpu):  # also where a GPU asks what a CPU would hold (`hash_elsewhere`)
             model = widen(dequantize_model(widen(model)))
+    if not on_gpu():
+        replace_swiglu(model)
     model.freeze()
     model.eval()
     if adapter_path is not None:

@@ -20,6 +20,8 @@ import mlx.nn as nn
 import mlx_lm.models.activations as activations
 import numpy as np
 
+from duet_mlx.swiglu import swiglu
+
 
 def exp(x: mx.array) -> mx.array:
     return mx.power(mx.array(math.e, dtype=mx.float64), x)
@@ -110,9 +112,9 @@ def exact_float64() -> Iterator[None]:
     places += [(mx, "logsumexp", logsumexp), (mx, "logaddexp", logaddexp)]
     places += [(nn, "silu", lambda x: x * sigmoid(x)), (nn, "gelu_approx", gelu)]
     models = [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
-    swiglu = activations.swiglu
+    own = (activations.swiglu, swiglu)  # mlx-lm's, or what stands in its place on CPUs
     places += [
-        (m, "swiglu", lambda gate, x: gate * sigmoid(gate) * x) for m in models if getattr(m, "swiglu", None) is swiglu
+        (m, "swiglu", lambda gate, x: gate * sigmoid(gate) * x) for m in models if getattr(m, "swiglu", None) in own
     ]
     patches = [patch.object(where, name, choose(exact, getattr(where, name))) for where, name, exact in places]
     device = mx.default_device()
