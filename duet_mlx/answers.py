@@ -58,7 +58,7 @@ def column(
     """
     from tqdm import tqdm
 
-    parts = _parts(asked, prompts, contexts, 4 * settings.batch_size)
+    parts = _parts(asked, prompts, contexts, 2 * settings.batch_size)
     described = {**hangs_on, **_described(asked, prompts, contexts, base, settings), "judged": digest(judged)}
     kept = KeptAnswers(file, name, described, [len(rows) for rows in parts])
     done = sum(len(rows) for rows in parts[: len(kept.units)])

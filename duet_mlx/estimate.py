@@ -25,7 +25,7 @@ from .memory import nbytes, peak_bytes
 from .methods import METHODS, method_loss, reads_retain
 from .model import add_lora, lora_keys
 from .stream import Stream
-from .teacher import Targets, context_of, rows_at_once
+from .teacher import Targets, context_of, decoded_at_once, rows_at_once
 from .train_settings import TrainSettings
 
 
@@ -59,16 +59,16 @@ class Estimate(NamedTuple):
 
 
 def teacher_pass(
-    model: nn.Module, prompts: Sequence[list[int]], n: int, vocabulary: int, head: nn.Module | None
+    model: nn.Module, prompts: Sequence[list[int]], n: int, size: int, head: nn.Module | None
 ) -> tuple[int, int]:
-    """Bytes of decoding n tokens after prompts that share what they begin with: working memory, and the cache."""
+    """Bytes of decoding n tokens, `size` prompts at once, that begin alike: working memory, and the cache."""
     shared = can_branch(model)
     ragged = shared and takes_row_masks(model)
     length = common_prefix(prompts) if shared else 0
     prefix: list[Any] = encode_prefix(model, prompts[0][:length]) if length else []
     kept = [mx.zeros(array.shape, array.dtype) for pair in prefix for array in pair]
     most = peak_bytes(model, lambda: encode_prefix(model, prompts[0][:length])) if length else 0
-    cut = list(batches([len(p) for p in prompts], rows_at_once(n, vocabulary), equal=not ragged))
+    cut = list(batches([len(p) for p in prompts], size, equal=not ragged))
     largest = max(cut, key=lambda rows: len(rows) * max(len(prompts[row]) - length for row in rows))
     rows = largest[: -(-len(largest) // len(streams()))]
     suffixes = [list(prompts[row][length:]) for row in sorted(rows, key=lambda row: -len(prompts[row]))]
@@ -179,7 +179,7 @@ def frozen_pass(
     for context, members in groups.items():
         prompts = [rendered(query.question, context) for query in members]
         read += sum(map(len, prompts))
-        working, cache = teacher_pass(model, prompts, n, vocabulary, head)
+        working, cache = teacher_pass(model, prompts, n, decoded_at_once(context, n, vocabulary), head)
         # The base reads the teacher's words, or its own answers, once more.
         if not contexts or (settings.candidates == "union" and context is not None):
             bare = [rendered(query.question) for query in members]

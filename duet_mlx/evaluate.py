@@ -66,7 +66,7 @@ class EvaluateSettings:
     reverse_questions: int = setting(0, "ask only so many forget questions, evenly spread, behind each (0: all)")
     # As long as KnowMem's (reference/README.md): room for a sentence, and the figures stay comparable.
     max_tokens: int = setting(32, "most new tokens of an answer")
-    batch_size: int = setting(64, "questions decoded together: changes speed and memory alone")
+    batch_size: int = setting(128, "questions decoded together: changes speed and memory alone")
     seed: int = setting(0, "seed of the bootstrap; answers are greedy and need none")
     beside: tuple[str, ...] = setting((), "NAME=results.json: its 'unlearned' as one more column")
     any_base: bool = setting(False, "take an adapter made on other bits (a base dequantized by another processor)")

@@ -15,6 +15,10 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_ma
 from .context import shared_prefix
 from .head import logits_at
 
+# Prompts decoded at once. On CPU a matrix product rearranges its weights in every call, whatever the number of rows:
+# with 64 that was a fifth of the time, on two streams of 32.
+ROWS = 128
+
 Prefix = list[tuple[mx.array, mx.array]]  # keys and values [1, heads, P, D/H] of each layer
 
 
@@ -180,7 +184,7 @@ def decode(
     prompts: Sequence[Sequence[int]],
     max_tokens: int | Sequence[int],
     stop: Collection[int],
-    batch_size: int = 64,
+    batch_size: int = ROWS,
     head: nn.Module | None = None,
     keep: Callable[[mx.array], np.ndarray] | None = None,
 ) -> Iterator[Answers]:
@@ -236,7 +240,7 @@ def greedy(
     prompts: Sequence[Sequence[int]],
     max_tokens: int | Sequence[int],
     stop: Collection[int],
-    batch_size: int = 64,
+    batch_size: int = ROWS,
     head: nn.Module | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:

@@ -95,6 +95,13 @@ def rows_at_once(n: int, vocabulary: int) -> int:
     return max(1, min(64, (1 << 25) // (n * vocabulary)))
 
 
+def decoded_at_once(context: Context | None, n: int, vocabulary: int) -> int:
+    """Queries that the teacher answers at once: more where it reads no context, for there only K logits are held."""
+    from .generate import ROWS
+
+    return rows_at_once(n, vocabulary) if context else ROWS
+
+
 def forced_logits(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -179,18 +186,27 @@ def teacher_targets(
     groups: dict[Context | None, list[int]] = {}
     for index, query in enumerate(queries):
         groups.setdefault(context_of(query, contexts, settings.retain_context), []).append(index)
-    stop, size = stop_ids(tokenizer), rows_at_once(n, vocabulary)
+    stop = stop_ids(tokenizer)
+
+    def best(values) -> np.ndarray:  # [..., V] -> [..., K] of ids and logits
+        found = np.zeros((*values.shape[:-1], k), dtype=[("ids", np.int32), ("logits", logits.dtype)])
+        found["ids"], found["logits"] = topk(values, k)
+        return found
+
     with tqdm(total=count, desc="teacher", unit="q", file=sys.stdout, leave=False) as bar:
         for context, members in groups.items():
             for index in members[:1]:
                 check_renders(tokenizer, queries[index].question, context)
             prompts = [render(tokenizer, queries[i].question, context) for i in members]
-            for batch in decode(model, prompts, n, stop, size, head, keep=np.array):
+            size = decoded_at_once(context, n, vocabulary)
+            for batch in decode(model, prompts, n, stop, size, head, keep=np.array if context else best):
                 where, words = np.array(members)[batch.rows], [answer[: n - 1] for answer in batch.tokens]
                 for row, answer in zip(where, words, strict=True):
                     continuation[row, : len(answer)] = answer
                     position_mask[row, : len(answer) + 1] = True  # the end of turn is supervised too
-                ids[where, :, :k], logits[where, :, :k] = topk(batch.kept, k)
+                assert batch.kept is not None
+                found = best(batch.kept) if context else batch.kept
+                ids[where, :, :k], logits[where, :, :k] = found["ids"], found["logits"]
                 if union and context is not None:
                     # What must fall is what the base itself would say: its top K where it reads the teacher's words.
                     plain = [render(tokenizer, queries[i].question) for i in where]

@@ -106,7 +106,7 @@ def settings(model, tmp_path):
         context=str(tmp_path / "c.yaml"),
         reverse_prompts=str(tmp_path / "p.txt"),
         max_tokens=4,
-        batch_size=1,  # parts of four questions
+        batch_size=2,  # parts of four questions
         overwrite=True,
         out=str(tmp_path / "out"),
     )

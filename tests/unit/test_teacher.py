@@ -15,6 +15,7 @@ from duet_mlx.teacher import (
     Targets,
     check_lengths,
     context_of,
+    decoded_at_once,
     load_targets,
     manifest,
     save_targets,
@@ -55,6 +56,11 @@ def test_shapes_types_and_what_stands_under_the_masks():
     assert not targets.candidate_mask[~targets.position_mask].any()
     assert not targets.ids[~targets.candidate_mask].any() and not targets.logits[~targets.candidate_mask].any()
     assert not targets.candidate_mask[1, :, 4:].any()  # a retain query's teacher is the base: nothing new in it
+
+
+def test_more_are_answered_at_once_where_only_k_logits_are_held():
+    assert decoded_at_once(CONTEXTS[0], 12, 49152) * 12 * 49152 <= 2**25 < 2 * 128 * 12 * 49152
+    assert decoded_at_once(None, 12, 49152) == 128
 
 
 @pytest.mark.parametrize("n", [1, 3])
