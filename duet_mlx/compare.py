@@ -2,6 +2,7 @@
 
     python -m duet_mlx.compare -c examples/compare/config.yaml            # goes on where it was cut off
     python -m duet_mlx.compare -c examples/compare/config.yaml --quick    # a small form of it, into <out>-quick
+    python -m duet_mlx.compare -c examples/compare/config.yaml --only duet npo    # a part: several at once share a GPU
 
 Each method has a grid of settings. Every trial is trained, and scored on the validation questions; the best one is
 asked the test questions. A sweep has a grid too, but each of its trials is asked them. Every run has a folder
@@ -11,31 +12,30 @@ of its own with config.yaml, for `python -m duet_mlx.train -c`, its adapter and 
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .compare_grid import CompareSettings, Trial, all_trials, other_seed
+from .benchmark_run import load_benchmarks
+from .compare_grid import CONTEXT, CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
+from .compare_runs import evaluated, json_of, reads, run
 from .compare_table import Result, shift, table_of
-from .data import file_hash
-from .errors import ConfigError, DivergedError, TrainingError, run_cli
-from .evaluate import BASE, IN_CONTEXT, UNLEARNED, EvaluateSettings, evaluate
-from .files import write_text
-from .methods import METHODS, states_of
+from .errors import ConfigError, DataError, ModelError, TrainingError, run_cli
+from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED, EvaluateSettings
+from .files import make_folder, only_run_in, write_text
+from .groups import groups_of, reverse_prompts
 from .metrics import FORGET, TRAINED
-from .result_files import KEPT
 from .settings import parse, require
-from .train import TrainSettings
+from .train import read_questions
 
 
 def main() -> None:
     """Run what has not been run, then show the table."""
     settings = parse(CompareSettings, "python -m duet_mlx.compare", __doc__ or "")
     results = compare(settings)
-    print(results["table"])
+    print(results["table"] or f"{', '.join(settings.only)}: run; the same command without --only makes the table")
     for failed in results["failed"]:
         print(f"failed: {failed['name']} {failed['values']}: {failed['reason']}")
 
@@ -43,21 +43,38 @@ def main() -> None:
 def compare(settings: CompareSettings) -> dict[str, Any]:
     """Run the trials that are not there yet, and write results.json, table.md and pictures; returns the first.
 
+    With --only its table is empty, and none of these is written.
+
     Raises:
-        ConfigError, DataError, …: what is wrong with any run, before the first of them starts.
+        ConfigError, DataError, …: what is wrong with any run, before the first of them starts; ConfigError as well
+            where another process runs one of them.
     """
     require(settings, "train", "evaluate", "methods", "out")
     if settings.seeds < 1 or settings.best < 1:
         raise ConfigError(f"--seeds {settings.seeds}, --best {settings.best}: expected 1 or more")
     if settings.quick:
-        settings = replace(settings, out=settings.out.rstrip("/") + "-quick", sweeps={}, seeds=1)
+        settings = replace(
+            settings, out=settings.out.rstrip("/") + "-quick", sweeps={}, seeds=1, trained=False, also=()
+        )
+    with ExitStack() as held:
+        for name in names_to_run(settings):
+            folder = folder_of(settings, name)
+            make_folder(folder, f"--out {settings.out}")
+            held.enter_context(only_run_in(folder, "--out"))
+        return _compare(settings)
+
+
+def _compare(settings: CompareSettings) -> dict[str, Any]:
+    """`compare`, while no other process runs anything of the same names."""
     grids, swept = all_trials(settings)
-    test = parse(EvaluateSettings, "python -m duet_mlx.evaluate", "Evaluate.", ["-c", settings.evaluate])
-    if test.context is None and not all(grids.values()):
+    trials = [trial for part in (grids, swept) for trials in part.values() for trial in trials]
+    test = evaluation_of(settings)
+    if test.context is None and CONTEXT in grids:
         raise ConfigError(f"--evaluate {settings.evaluate}: names no context, so in-context unlearning has no row")
-    chosen, failed, tried = choose(grids, test)
-    ranked = sorted(chosen, key=lambda trial: -tried[trial.name][tuple(trial.values.items())])
-    again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
+    if not trials:
+        raise ConfigError("methods: context alone trains nothing; duet_mlx.evaluate without an adapter shows it")
+    check_inputs(settings, trials, test)
+    chosen, failed, tried = choose(grids, test, ranked=settings.seeds > 1)
 
     def report(trials: Sequence[Trial]) -> list[Result]:
         results = []
@@ -69,104 +86,69 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
         return results
 
     shown = report([*chosen, *(trial for trials in swept.values() for trial in trials)])
+    if settings.only:
+        return {"table": "", "failed": failed}
     if not shown:
         raise TrainingError(f"no run came to an end; the first: {failed[0]['reason']}")
+    again: list[Trial] = []
+    if settings.seeds > 1:
+        ranked = sorted(chosen, key=lambda trial: -tried[trial.name][tuple(trial.values.items())])
+        again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
     return gather(settings, shown, report(again), failed, tried)
 
 
-# --- runs ---------------------------------------------------------------------------------------------------
+def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
+    """What --evaluate names, with the groups of --also; with --quick by its own settings.
+
+    Raises:
+        ConfigError: what `duet_mlx.evaluate` refuses.
+    """
+    quick = settings.quick_evaluate.items() if settings.quick else ()
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in quick]
+    argv = ["-c", settings.evaluate, *flags]
+    test = parse(EvaluateSettings, "python -m duet_mlx.evaluate", "Evaluate.", argv)
+    return replace(test, also=(*test.also, *settings.also), trained=() if settings.quick else test.trained)
 
 
-def run(trial: Trial) -> str:
-    """Train unless that was done; why it failed, or "". What it cost is kept in run.json."""
-    import mlx.core as mx
+def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> None:
+    """Read the questions of all trials, and those of the test, once; see that the base is there.
 
-    from .once import essence, train_once
+    Raises:
+        DuetError: what is wrong with them, and what makes them if --made-by says so.
+    """
+    from .model import resolve_model
 
-    s = trial.settings
-    files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
-    done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
-    record = _json(trial.folder / "run.json")
-    if {key: record.get(key) for key in done} == done and "seconds" in record:
-        return record.get("failed", "")
-    print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
-    _lend_targets(trial)
-    start, before = time.monotonic(), record.get("seconds", 0.0) if "cut_off" in record else 0.0
-    mx.reset_peak_memory()
-    failed = ""
+    hint = f"; `{settings.made_by}` makes it" if settings.made_by else ""
     try:
-        train_once(s)
-    except DivergedError as error:  # a run that diverges is a result, and the others go on
-        failed = str(error)
-    except KeyboardInterrupt:
-        spent = before + time.monotonic() - start
-        write_text(trial.folder / "run.json", json.dumps({"cut_off": True, "seconds": spent}) + "\n")
-        raise
-    cost = {"seconds": before + time.monotonic() - start, "peak_memory_gb": mx.get_peak_memory() / 1e9}
-    record = {**done, **cost, **({"failed": failed} if failed else {})}
-    write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
-    mx.clear_cache()
-    return failed
+        for each in {str(reads(trial.settings)): trial.settings for trial in trials}.values():
+            read_questions(each)
+        groups_of(test)
+        reverse_prompts(test.reverse_prompts)
+        load_benchmarks(test.benchmark, test.benchmark_questions)
+        for model in {*(trial.settings.model for trial in trials), *filter(None, [test.retrained])}:
+            resolve_model(model)
+    except (DataError, ModelError) as error:
+        raise type(error)(f"{error}{hint if 'no such' in str(error) else ''}") from error
 
 
-def _lend_targets(trial: Trial) -> None:
-    """Copy targets from the run that was last trained; `train` reads them only if they are the very ones it needs."""
-    mine = Path(trial.settings.adapter_path)
-    if (mine / "targets.safetensors").is_file():
-        return
-
-    def kind(settings: TrainSettings) -> tuple[str, str]:
-        return METHODS[settings.method].labels, states_of(settings)
-
-    for config in sorted(
-        _runs(trial).glob("**/adapters/adapter_config.json"), key=lambda p: p.stat().st_mtime, reverse=True
-    ):
-        saved = _json(config)["settings"]
-        other = replace(TrainSettings(), method=saved["method"], retain_loss=saved["retain_loss"])
-        if kind(other) == kind(trial.settings):
-            mine.mkdir(parents=True, exist_ok=True)
-            for file in config.parent.glob("*targets.safetensors"):
-                shutil.copy(file, mine / file.name)
-            return
+# --- which is best, and what it says ---------------------------------------------------------------------
 
 
-def _runs(trial: Trial) -> Path:
-    """The folder of all runs."""
-    return next(parent for parent in trial.folder.parents if parent.name == "runs")
+def choose(
+    grids: dict[str, list[Trial]], test: EvaluateSettings, ranked: bool = True
+) -> tuple[list[Trial], list[dict], dict]:
+    """The best trial of each method by performance shift on the validation questions; what failed; all shifts.
 
-
-def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation of this run under this name: those that are there if nothing has changed since."""
-    adapter = Path(trial.settings.adapter_path)
-    out = trial.folder / name
-    settings = replace(settings, adapter_path=str(adapter), out=str(out), overwrite=True)
-    results, file = _json(out / "results.json"), out / "results.json"
-    if results and file.stat().st_mtime > (adapter / "adapters.safetensors").stat().st_mtime:
-        files = {path: digest for group in results["meta"]["data"].values() for path, digest in group.items()}
-        same = results["meta"]["settings"] == json.loads(json.dumps(asdict(settings)))
-        if same and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items()):
-            return results["rows"]
-    _lend_answers(trial, out)
-    return evaluate(settings)["rows"]
-
-
-def _lend_answers(trial: Trial, out: Path) -> None:
-    """Copy what the base answered from the last evaluation of the same name; `evaluate` takes it only if it fits."""
-    if (out / KEPT).exists():
-        return
-    folders = sorted(_runs(trial).glob(f"**/{out.name}/{KEPT}"), key=lambda path: path.stat().st_mtime)
-    for file in folders[-1].glob("*") if folders else []:
-        if UNLEARNED not in file.name:
-            (out / KEPT).mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, out / KEPT / file.name)
-
-
-def choose(grids: dict[str, list[Trial]], test: EvaluateSettings) -> tuple[list[Trial], list[dict], dict]:
-    """The best trial of each method by performance shift on the validation questions; what failed; all shifts."""
+    Args:
+        ranked: whether the methods will be compared by these shifts; if not, a single trial need not be validated.
+    """
     chosen, failed = [], []
     tried: dict[str, dict[tuple, float]] = {}
     for name, trials in grids.items():
         shifts: dict[tuple, float] = {}
+        if len(trials) == 1 and not ranked:
+            chosen += trials  # whether it comes to an end is seen when it is asked the test questions
+            continue
         for trial in trials:
             if reason := run(trial):
                 failed.append({"name": name, "values": trial.values, "reason": reason})
@@ -197,9 +179,10 @@ def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
     test = replace(test, model=s.model, trained=() if trained else test.trained)
     rows = evaluated(trial, test, "test")
     if trained:
-        of_trained = [row for row in evaluated(trial, only(test, forget=s.forget), "trained") if row["group"] == FORGET]
+        seen = only(test, forget=s.forget, forget_questions=s.forget_questions)
+        of_trained = [row for row in evaluated(trial, seen, "trained") if row["group"] == FORGET]
         rows = rows + [{**row, "group": TRAINED} for row in of_trained]
-    return Result(trial.name, trial.values, s.seed, rows, _json(trial.folder / "run.json"))
+    return Result(trial.name, trial.values, s.seed, rows, json_of(trial.folder / "run.json"))
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
@@ -211,7 +194,7 @@ def gather(
     """results.json, table.md and pictures: a row for each result shown, lines for those run again with other seeds."""
     from .picture import picture
 
-    rows = [row for row in shown[0].rows if row["model"] in (BASE, IN_CONTEXT)]
+    rows = [row for row in shown[0].rows if row["model"] in (BASE, IN_CONTEXT, RETRAINED)]
     for result in shown:
         rows += [{**row, "model": result.label} for row in result.rows if row["model"] == UNLEARNED]
     table = table_of(rows, shown, again)
@@ -231,14 +214,6 @@ def gather(
     write_text(out / "table.md", table + "\n")
     write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON file of ours; {} if it is not there or was cut off."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 if __name__ == "__main__":

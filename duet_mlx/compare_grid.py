@@ -27,9 +27,13 @@ class CompareSettings:
     sweeps: dict = setting({}, "the same, but every combination is reported")
     seeds: int = setting(1, "seeds in all for the best methods; the first is that of the train YAML")
     best: int = setting(4, "how many methods are run with the other seeds")
+    only: tuple[str, ...] = setting((), "run these methods and sweeps alone and make no table: a part of the whole")
+    also: tuple[str, ...] = setting((), "GROUP=questions.jsonl: as in duet_mlx.evaluate, beside the test questions")
     trained: bool = setting(False, "ask the forget questions of training as well")
-    quick: bool = setting(False, "first trial of each grid, no sweeps, one seed, and the settings of quick_settings")
+    quick: bool = setting(False, "first trial of each grid, one seed, test questions alone, by quick_settings")
     quick_settings: dict = setting({"iters": 40}, "settings of duet_mlx.train for --quick")
+    quick_evaluate: dict = setting({}, "settings of duet_mlx.evaluate for --quick")
+    made_by: str = setting("", "command that makes the files that are read here; said where one of them is missing")
     out: str = setting("", "folder for the runs, results.json, table.md and pictures")
 
 
@@ -42,24 +46,50 @@ class Trial(NamedTuple):
     settings: TrainSettings
 
 
+class Grid(NamedTuple):
+    """What is tried under one name; nothing for in-context unlearning."""
+
+    method: str
+    combinations: list[dict[str, Any]]
+    varied: list[str]  # the settings that are not the same in all of them
+
+
 def all_trials(settings: CompareSettings) -> tuple[dict[str, list[Trial]], dict[str, list[Trial]]]:
-    """The trials of each method and of each sweep, all of them checked before the first is run.
+    """The trials of each method and of each sweep that are to be run, checked before the first of them is.
 
     Raises:
-        ConfigError: as `grid_of` and `same_budget`, or one name for two grids.
+        ConfigError: as `names_to_run`, `grid_of`, `same_budget` and `trial_of`.
+    """
+    grids = {name: grid_of(settings, name, grid) for name, grid in (settings.methods | settings.sweeps).items()}
+    # With --only as well: that the whole is refused is better known before its parts are run.
+    same_budget({name: len(grids[name].combinations) for name in settings.methods if grids[name].combinations})
+    methods, sweeps = (
+        {name: trials_of(settings, name, grids[name]) for name in part if name in names_to_run(settings)}
+        for part in (settings.methods, settings.sweeps)
+    )
+    return methods, sweeps
+
+
+def names_to_run(settings: CompareSettings) -> list[str]:
+    """The names of all grids, or those of --only.
+
+    Raises:
+        ConfigError: one name for two grids, or one in --only that there is not.
     """
     if both := settings.methods.keys() & settings.sweeps.keys():
         raise ConfigError(f"methods and sweeps: {min(both)} names a grid in each; choose another name for one")
-    grids = {name: grid_of(settings, name, grid) for name, grid in settings.methods.items()}
-    same_budget({name: trials for name, trials in grids.items() if trials})
-    return grids, {name: grid_of(settings, name, grid) for name, grid in settings.sweeps.items()}
+    names = [*settings.methods, *settings.sweeps]
+    for name in settings.only:
+        if name not in names:
+            raise ConfigError(f"--only: no method or sweep {name!r}{nearest(name, names)}; there are {names}")
+    return list(dict.fromkeys(settings.only)) or names
 
 
-def grid_of(settings: CompareSettings, name: str, grid: Any) -> list[Trial]:
-    """The trials of one name: every combination of its lists. [] for in-context unlearning.
+def grid_of(settings: CompareSettings, name: str, grid: Any) -> Grid:
+    """Every combination of the lists of one name; the first of them with --quick, whose settings go before the lists.
 
     Raises:
-        ConfigError: no mapping, an unknown method or setting, an empty list, or what `duet_mlx.train` refuses.
+        ConfigError: no mapping, an unknown method, or an empty list.
     """
     if grid is None:
         grid = {}
@@ -70,21 +100,32 @@ def grid_of(settings: CompareSettings, name: str, grid: Any) -> list[Trial]:
         raise ConfigError(f"methods {name}: {empty[0]}: an empty list; name one value at least")
     method = grid.get("method", name)
     if method == CONTEXT:
-        return []
+        return Grid(method, [], [])
     if method not in METHODS:
         known = [*METHODS, CONTEXT]
         raise ConfigError(f"methods {name}: no method {method!r}{nearest(str(method), known)}; there are {known}")
+    if settings.quick:
+        lists |= {key: [value] for key, value in settings.quick_settings.items()}
     combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    trials = [trial_of(settings, name, method, values, lists) for values in combinations]
-    return trials[:1] if settings.quick else trials
+    varied = [key for key, values in lists.items() if len(values) > 1]
+    return Grid(method, combinations[: 1 if settings.quick else None], varied)
 
 
-def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str, Any], lists: dict) -> Trial:
-    """One combination as a run: its config.yaml is written, and read as `duet_mlx.train` would."""
+def trials_of(settings: CompareSettings, name: str, grid: Grid) -> list[Trial]:
+    """Each combination of a grid as a run."""
+    return [trial_of(settings, name, grid.method, values, grid.varied) for values in grid.combinations]
+
+
+def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str, Any], varied: list[str]) -> Trial:
+    """One combination as a run: its config.yaml is written, and read as `duet_mlx.train` would.
+
+    Raises:
+        ConfigError: an unknown setting, or what `duet_mlx.train` refuses.
+    """
     import yaml
 
     shared = read_yaml(settings.train)
-    config = {**shared, "method": method, **(settings.quick_settings if settings.quick else {})}
+    config = {**shared, "method": method}
     known = {field.name for field in fields(TrainSettings)}
     lora = TrainSettings().lora_parameters
     for key, value in values.items():
@@ -96,16 +137,21 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
         else:
             names = [*known, *METHODS[method].defaults, *lora]
             raise ConfigError(f"methods {name}: unknown setting {key!r}{nearest(str(key), names)}")
-    varied = {key: values[key] for key, tried in lists.items() if len(tried) > 1}
-    folder = Path(settings.out, "runs", _file_name(name), _file_name(",".join(f"{k}={v}" for k, v in varied.items())))
+    apart = {key: values[key] for key in varied}
+    folder = folder_of(settings, name) / _file_name(",".join(f"{key}={value}" for key, value in apart.items()))
     config["adapter_path"] = str(folder / "adapters")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     try:
         parsed = parse_settings("python -m duet_mlx.train", "Train.", ["-c", str(folder / "config.yaml")])
     except ConfigError as error:
-        raise ConfigError(f"methods {name} {varied or ''}: {error}") from error
-    return Trial(name, varied, folder, parsed)
+        raise ConfigError(f"methods {name} {apart or ''}: {error}") from error
+    return Trial(name, apart, folder, parsed)
+
+
+def folder_of(settings: CompareSettings, name: str) -> Path:
+    """The folder of all runs of one name."""
+    return Path(settings.out, "runs", _file_name(name))
 
 
 def _number(value: Any) -> Any:
@@ -119,9 +165,8 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.=,+ -]", "_", text) or "run"
 
 
-def same_budget(grids: dict[str, list[Trial]]) -> None:
+def same_budget(counts: dict[str, int]) -> None:
     """Raise ConfigError unless every method may try as many settings as any other: else it is no comparison."""
-    counts = {name: len(trials) for name, trials in grids.items()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ConfigError(f"methods: unlike numbers of trials ({listed}); give every method as many, or use sweeps")

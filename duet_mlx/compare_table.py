@@ -19,6 +19,8 @@ COLUMNS = (
     ("broken, forget ↓", FORGET, "broken"),
     ("broken, general ↓", GENERAL, "broken"),
 )
+WHOLE = {"model_utility": "model utility", "forget_quality": "forget quality"}
+ALWAYS_THERE = {group for _, group, _ in COLUMNS}
 LEGEND = (
     "Forget questions: recall of the base's own answer; neighbours and general: F1 with it; [95 % bootstrap interval]. "
     "Shift: points of recall lost on forget questions, plus points of F1 gained on the others. "
@@ -80,7 +82,8 @@ def table_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Resul
     """The table in Markdown, its columns aligned, so that it can be read in a terminal as well."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     cells = {(row["model"], row["group"], row["metric"]): row for row in rows}
-    columns = [c for c in COLUMNS if any((model, *c[1:]) in cells for model in models)]
+    columns = [*COLUMNS, *own_columns(rows)]
+    columns = [c for c in columns if any((model, *c[1:]) in cells for model in models)]
     best, costs = front(rows, models), {result.label: result.cost for result in shown}
     lines = [["", *(c[0] for c in columns), "shift ↑", "front", "seconds", "GB"]]
     for model in models:
@@ -98,6 +101,17 @@ def table_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Resul
     rule = "-|-".join("-" * w for w in widths)
     table = "\n".join(f"| {line} |" for line in [padded[0], *padded[1:]]).replace("\n", f"\n|-{rule}-|\n", 1)
     return "\n".join([table, "", LEGEND, *seeds_of(shown, again)])
+
+
+def own_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Columns as in COLUMNS for the groups of --also, and for what TOFU says of the whole."""
+    groups = dict.fromkeys(row["group"] for row in rows if row["metric"] == "recall")
+    whole = dict.fromkeys((row["metric"], row["group"]) for row in rows if row["metric"] in WHOLE)
+    return [(f"{WHOLE[metric]} ↑", group, metric) for metric, group in whole] + [
+        (f"{group} ↓", group, "recall") if group.startswith(FORGET) else (f"{group} ↑", group, "f1")
+        for group in groups
+        if group not in ALWAYS_THERE and ", reverse" not in group
+    ]
 
 
 def seeds_of(shown: Sequence[Result], again: Sequence[Result]) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +108,7 @@ def check_disjoint(forget: Iterable[Query], retain: Iterable[Query]) -> None:
         )
 
 
+@lru_cache(maxsize=1 << 16)  # asked for again for each pair of files, and for each run of a comparison
 def question_key(question: str) -> str:
     """What makes two questions the same: case, spacing, apostrophes and punctuation do not count.
 

@@ -101,8 +101,11 @@ def folder_for_adapter(settings: TrainSettings) -> Path:
 
 
 @contextmanager
-def only_run_in(path: Path) -> Iterator[None]:
+def only_run_in(path: Path, flag: str = "--adapter-path") -> Iterator[None]:
     """Hold a folder, so that no second run mixes its files in; the system lets go of it when the process ends.
+
+    Args:
+        flag: the flag that the folder comes from, for the message.
 
     Raises:
         ConfigError: another run holds it.
@@ -115,7 +118,7 @@ def only_run_in(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"--adapter-path {path}: another run is writing there; wait for its end, or choose another folder"
+                f"{flag} {path}: another run is writing there; wait for its end, or choose another folder"
             ) from error
         except OSError as error:  # some network file systems
             print(f"note: {path} cannot be locked ({error.strerror}): see that no second run writes there")

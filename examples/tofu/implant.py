@@ -57,8 +57,10 @@ def prepare(out: Path, plan: Plan) -> Path:
     for name, authors in (("forget", plan.forget_authors), ("retain", plan.retain_authors)):
         lines = (HERE / "data" / f"{name}_perturbed.json").read_text(encoding="utf-8").splitlines()[: authors * ROWS]
         (folder / f"{name}_perturbed.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        questions = [json.dumps({"question": json.loads(line)["question"]}, ensure_ascii=False) for line in lines]
-        (folder / f"{name}.jsonl").write_text("\n".join(questions) + "\n", encoding="utf-8")
+        # In TOFU's other words: questions that nothing trains on, by which examples/compare chooses settings.
+        for file, field in ((name, "question"), (f"{name}_in_other_words", "paraphrased_question")):
+            questions = [json.dumps({"question": json.loads(line)[field]}, ensure_ascii=False) for line in lines]
+            (folder / f"{file}.jsonl").write_text("\n".join(questions) + "\n", encoding="utf-8")
     for name in ("real_authors", "world_facts"):
         shutil.copy(HERE / "data" / f"{name}_perturbed.json", folder)
     _general_questions(folder, plan.general)

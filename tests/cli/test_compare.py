@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from duet_mlx.compare import choose
+from duet_mlx.compare import check_inputs, choose, evaluation_of
 from duet_mlx.compare_grid import CompareSettings, all_trials
+from duet_mlx.compare_runs import _copy
 from duet_mlx.evaluate import EvaluateSettings
+from duet_mlx.files import only_run_in
 from duet_mlx.methods import METHODS
 from duet_mlx.report import load_results
 from duet_mlx.settings import parse
 from duet_mlx.stream import Stream
-from tests.tiny_model import write_questions
+from tests.tiny_model import contents, write_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIED = {"learning_rate": ["1e-3", 0.05]}
@@ -129,6 +133,74 @@ def test_a_comparison_that_was_cut_off_goes_on_and_the_cut_run_resumes(command, 
     assert "cut_off" not in json.loads((runs / "learning_rate=1e-3" / "run.json").read_text())
 
 
+def test_parts_run_in_several_processes_are_gathered_by_one_and_nothing_is_run_again(command, comparison, tmp_path):
+    config = comparison({"duet": TRIED, "npo": TRIED}, sweeps={"K": {"method": "duet", "top_k": 3}})
+    parts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "duet_mlx.compare", "-c", config, "--only", *names],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for names in (["duet", "K"], ["npo"])
+    ]  # fmt: skip
+    said = [part.communicate()[0] for part in parts]
+    assert [part.returncode for part in parts] == [0, 0], said
+    assert "duet, K: run; the same command without --only" in said[0]
+    assert "== duet" in said[0] and "== duet" not in said[1] and "== npo" in said[1] and "== K" not in said[1]
+    assert not (tmp_path / "out" / "results.json").exists()
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    ended = command("compare", "-c", config)
+    assert ended.code == 0, ended.err
+    assert "==" not in ended.out and "answers" not in ended.err  # neither trained nor asked
+    assert (
+        files.items() <= {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}.items()
+    )
+    models = dict.fromkeys(row["model"] for row in load_results(tmp_path / "out" / "results.json")["rows"])
+    assert [model.partition(", ")[0] for model in models] == ["base", "base + context", "duet", "npo", "K"]
+
+
+def test_a_grid_that_another_process_runs_is_left_to_it(refused, comparison, tmp_path):
+    config = comparison({"duet": TRIED, "npo": TRIED})
+    folder = tmp_path / "out" / "runs" / "npo"
+    folder.mkdir(parents=True)
+    with only_run_in(folder):
+        for part in ([], ["--only", "npo"]):
+            refused("compare", "-c", config, *part, says=(f"--out {folder}", "another run is writing there"))
+    assert not list(tmp_path.rglob("adapters.safetensors"))
+
+
+def test_targets_are_lent_by_the_run_that_has_them_and_not_by_the_last_one(command, comparison, tmp_path):
+    sweeps = {"n": {"method": "duet", "positions": [1, 2]}, "δ": {"method": "duet", "positions": 1, "delta": [2.0]}}
+    ended = command("compare", "-c", comparison({"duet": {"positions": 3}}, sweeps=sweeps))
+    assert ended.code == 0, ended.err
+    built = {run.partition(" ")[0]: "targets: built" in run for run in ended.out.split("== ")[1:-1]}
+    assert ended.out.count("targets: built now") == 2 * 3  # of training and of validation
+    assert "targets: reused" in ended.out.split("== δ")[1], built
+
+
+def test_a_file_that_is_being_written_is_not_lent(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("targets.safetensors", ".partial.valid_targets.safetensors"):
+        (tmp_path / "there" / name).write_text(name)
+    gone = tmp_path / "there" / "gone_targets.safetensors"
+    _copy([*(tmp_path / "there").iterdir(), gone], tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {"targets.safetensors": b"targets.safetensors"}
+
+
+def test_a_group_of_ones_own_has_a_column_and_counts_in_no_other(command, comparison, tmp_path):
+    also = []
+    for role, text in (("forget", "Is the owl grey?"), ("general", "Is the bee small?")):
+        also.append(f"{role}, yes or no={write_questions(tmp_path / f'{role}_own.jsonl', [text])}")
+    ended = command("compare", "-c", comparison({"ga": {"iters": 1}}, also=also, trained=True))
+    assert ended.code == 0, ended.err
+    heads = [cell.strip() for cell in (tmp_path / "out" / "table.md").read_text().splitlines()[0].split("|")]
+    assert heads[2:4] == ["forget ↓", "trained on ↓"] and heads.index("forget, yes or no ↓") + 1 == heads.index(
+        "general, yes or no ↑"
+    )
+    results = load_results(tmp_path / "out" / "results.json")
+    counts = {row["group"]: row["n"] for row in results["rows"] if row["metric"] == "broken"}
+    assert counts["forget"] == counts["forget, yes or no"] == 1 and counts["forget, trained on"] == 6
+
+
 def test_a_run_that_diverges_is_a_result_and_the_others_go_on(command, comparison, tmp_path):
     config = comparison({"ga": {"learning_rate": [1e-3, 1e38]}})
     for _ in range(2):  # a failed run is not repeated either
@@ -141,11 +213,20 @@ def test_a_run_that_diverges_is_a_result_and_the_others_go_on(command, compariso
 
 
 def test_quick_runs_the_first_trial_of_each_grid_with_its_own_settings(command, comparison, tmp_path):
-    config = comparison({"duet": TRIED, "npo": TRIED}, sweeps={"K": {"method": "duet", "top_k": [1, 2]}}, seeds=3,
-                        quick_settings={"iters": 2})  # fmt: skip
+    config = comparison(
+        {"duet": TRIED, "npo": TRIED}, sweeps={"K": {"method": "duet", "top_k": [1, 2]}}, seeds=3, trained=True,
+        quick_settings={"iters": 2, "valid_forget": []}, quick_evaluate={"retain_questions": 1, "max_tokens": 2},
+    )  # fmt: skip
+    test = yaml.safe_load((tmp_path / "evaluate.yaml").read_text())
+    test["retain"] = str(write_questions(tmp_path / "two.jsonl", ["What do birds make?", "What do ants make?"]))
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(test))
     ended = command("compare", "-c", config, "--quick")
     assert ended.code == 0, ended.err
     assert not (tmp_path / "out").exists()
+    results = load_results(tmp_path / "out-quick" / "results.json")
+    assert {row["n"] for row in results["rows"] if (row["group"], row["metric"]) == ("general", "broken")} == {1}
+    # A single trial need not be validated: nothing is chosen.
+    assert not list((tmp_path / "out-quick").rglob("valid/results.json"))
     configs = [json.loads(p.read_text()) for p in (tmp_path / "out-quick").rglob("adapter_config.json")]
     assert sorted((c["settings"]["method"], c["step"], c["settings"]["learning_rate"]) for c in configs) == [
         ("duet", 2, 1e-3), ("npo", 2, 1e-3)
@@ -163,6 +244,12 @@ BAD = {
     "RMU without its layer": ({"rmu": None}, {}, ("rmu", "layer")),
     "a name twice": ({"duet": None}, {"sweeps": {"duet": {"top_k": [1]}}}, ("duet", "another name")),
     "no methods": ({}, {}, ("--methods is missing",)),
+    "nothing to train": ({"context": None}, {}, ("context alone trains nothing", "duet_mlx.evaluate")),
+    "a part that there is not": ({"duet": None}, {"only": ["deut"]}, ("--only", "'deut'", '"duet"')),
+    "a part of unlike budgets": ({"duet": TRIED, "npo": None}, {"only": ["npo"]}, ("duet 2, npo 1", "as many")),
+    "more questions than there are": ({"duet": {"forget_questions": [2, 7]}}, {}, ("--forget-questions 7", "hold 6")),
+    "a group without a file": ({"duet": None}, {"also": ["mine"]}, ("--also 'mine'", "GROUP=")),
+    "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("--max-tokns=4",)),
     "no seed": ({"duet": None}, {"seeds": 0}, ("--seeds 0", "1 or more")),
 }  # fmt: skip
 
@@ -182,11 +269,43 @@ def test_in_context_unlearning_needs_a_context_in_the_evaluation(refused, compar
     refused("compare", "-c", config, says=("evaluate.yaml", "no context", "in-context"))
 
 
-def test_the_examples_grids_are_accepted_and_each_method_has_as_many_trials(tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", ["model", "forget"])
+def test_what_makes_a_missing_file_is_said(refused, comparison, tmp_path, key):
+    config = comparison({"duet": None}, made_by="make tofu")
+    train = yaml.safe_load((tmp_path / "train.yaml").read_text())
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**train, key: str(tmp_path / "made" / "one.gguf")}))
+    refused("compare", "-c", config, says=("one.gguf: no such file; `make tofu` makes it",))
+
+
+@pytest.mark.parametrize(("name", "runs"), [("config", 100), ("tofu", 70)])
+def test_the_examples_grids_are_accepted_and_each_method_has_as_many_trials(tmp_path, monkeypatch, name, runs):
     monkeypatch.chdir(ROOT)
-    settings = parse(CompareSettings, "compare", "Compare.", ["-c", "examples/compare/config.yaml"])
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", f"examples/compare/{name}.yaml"])
     grids, sweeps = all_trials(replace(settings, out=str(tmp_path)))
     assert {trial.settings.method for trials in grids.values() for trial in trials} == set(METHODS)
     assert {len(trials) for name, trials in grids.items() if name != "context"} == {6}
-    folders = [trial.folder for trials in (*grids.values(), *sweeps.values()) for trial in trials]
-    assert len(set(folders)) == len(folders) > 90
+    trials = [trial for part in (grids, sweeps) for trials in part.values() for trial in trials]
+    assert len({trial.folder for trial in trials}) == len(trials) > runs
+    quick, _ = all_trials(replace(settings, out=str(tmp_path), quick=True, sweeps={}))
+    assert {trial.settings.iters for trials in quick.values() for trial in trials} == {8}
+    evaluation_of(replace(settings, quick=True))  # raises for what duet_mlx.evaluate refuses
+
+
+def test_the_examples_questions_are_there_and_as_many_as_its_sweeps_ask_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("duet_mlx.model.resolve_model", lambda _: None)  # the model itself is fetched by `make model`
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", "examples/compare/config.yaml"])
+    grids, sweeps = all_trials(replace(settings, out=str(tmp_path)))
+    check_inputs(
+        settings,
+        [trial for trials in (*grids.values(), *sweeps.values()) for trial in trials],
+        evaluation_of(settings),
+    )
+
+
+def test_without_the_implanted_model_the_tofu_comparison_says_what_makes_it(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if (ROOT / "examples" / "tofu" / "out" / "full" / "data").exists():
+        pytest.skip("the implant experiment was run here")
+    says = ("examples/tofu/out/full/data/forget.jsonl", "no such file", "`make tofu` makes it")
+    refused("compare", "-c", "examples/compare/tofu.yaml", "--out", tmp_path / "out", says=says)

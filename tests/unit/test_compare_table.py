@@ -60,3 +60,21 @@ def test_the_table_has_a_line_a_model_and_its_seeds_below():
     ]  # fmt: skip
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[-1] == "npo, beta 0.5, seeds 0, 1, 2: shift 60.0, from 50.0 to 70.0"
+
+
+def test_groups_of_ones_own_and_what_tofu_says_of_the_whole_have_columns_behind_the_others():
+    own = [
+        ("forget, stereotyped", "recall"), ("forget, stereotyped", "f1"), ("general, stereotyped", "recall"),
+        ("general, stereotyped", "f1"), ("forget, reverse 1", "recall"), ("tofu all", "forget_quality"),
+        ("tofu retain", "rouge_recall"),
+    ]  # fmt: skip
+    rows = BASE + [
+        {"model": "base", "group": group, "metric": metric, "value": i / 10, "ci": None, "n": 3}
+        for i, (group, metric) in enumerate(own)
+    ]
+    head, _, line = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table_of(rows, [], []).splitlines()[:3]
+    )
+    assert head[5:8] == ["forget quality ↑", "forget, stereotyped ↓", "general, stereotyped ↑"]
+    assert line[5:8] == ["0.50", "0.00", "0.30"] and head[8] == "shift ↑"
+    assert shift(rows, "base") == 0

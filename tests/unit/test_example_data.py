@@ -123,3 +123,22 @@ def test_the_demo_trains_and_evaluates_the_same_model_with_the_same_context() ->
     )
     for key in ("model", "context", "topic", "adapter_path"):
         assert trained.get(key) == measured.get(key), key
+
+
+STEREOTYPED = DATA.parents[1] / "compare" / "data"
+
+
+@pytest.mark.parametrize("group", ["forget", "general"])
+def test_the_questions_whose_answers_begin_alike_are_asked_nowhere_else_and_share_nothing_with_trained_ones(group):
+    rows = [json.loads(line) for line in (STEREOTYPED / f"{group}_stereotyped.jsonl").read_text().splitlines()]
+    openings = [row["opening"] for row in rows]
+    assert {name: openings.count(name) for name in openings} == {"yes or no": 14, "The": 13, "Sure": 13}
+    asked = by([row for split in SPLITS for row in split_rows(split)], "question")
+    known = split_rows("train") + split_rows("valid")
+    taken = by(known, "subject") | by(known, "answer")
+    for row in rows:
+        opening, _, rest = row["answer"].partition(" ")
+        assert opening.strip(",") in {"yes or no": ("yes", "no")}.get(row["opening"], (row["opening"].lower(),)), row
+        assert normalise(row["question"]) not in asked
+        for text in (row["subject"], row["answer"], rest):
+            assert normalise(text) not in taken, (row, text, taken.get(normalise(text)))

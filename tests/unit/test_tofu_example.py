@@ -47,6 +47,9 @@ def test_what_is_prepared_is_tofu_in_the_hubs_layout_and_questions_that_the_eval
     assert len(forget) == 20 and len([i for i in items if i.group == "retain"]) == 40
     check_disjoint(forget, trained)
     assert all(query.answer is None for query in forget)
+    otherwise = load_queries([folder / f"{name}_in_other_words.jsonl" for name in ("forget", "retain")], "retain")
+    assert len(otherwise) == 60
+    check_disjoint([*forget, *trained], otherwise)
 
 
 def test_batches_hold_every_row(implant):

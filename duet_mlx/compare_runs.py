@@ -1,0 +1,136 @@
+"""One run of a comparison, and its evaluations: done once, and given what an earlier run has read already."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .compare_grid import Trial
+from .data import file_hash
+from .errors import DivergedError
+from .evaluate import UNLEARNED, EvaluateSettings, evaluate
+from .files import write_files, write_text
+from .methods import METHODS, states_of
+from .result_files import KEPT
+from .train_settings import TrainSettings
+
+
+def run(trial: Trial) -> str:
+    """Train unless that was done; why it failed, or "". What it cost is kept in run.json."""
+    import mlx.core as mx
+
+    from .once import essence, train_once
+
+    s = trial.settings
+    files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
+    done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
+    record = json_of(trial.folder / "run.json")
+    if {key: record.get(key) for key in done} == done and "seconds" in record:
+        return record.get("failed", "")
+    print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
+    _lend_targets(trial)
+    start, before = time.monotonic(), record.get("seconds", 0.0) if "cut_off" in record else 0.0
+    mx.reset_peak_memory()
+    failed = ""
+    try:
+        train_once(s)
+    except DivergedError as error:  # a run that diverges is a result, and the others go on
+        failed = str(error)
+    except KeyboardInterrupt:
+        spent = before + time.monotonic() - start
+        write_text(trial.folder / "run.json", json.dumps({"cut_off": True, "seconds": spent}) + "\n")
+        raise
+    cost = {"seconds": before + time.monotonic() - start, "peak_memory_gb": mx.get_peak_memory() / 1e9}
+    record = {**done, **cost, **({"failed": failed} if failed else {})}
+    write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
+    mx.clear_cache()
+    return failed
+
+
+# Settings that say which questions a run reads, and how; and what its targets hang on beside these and the method.
+READ = (
+    "forget", "retain", "neighbours", "forget_questions", "retain_questions", "neighbour_questions", "valid_forget",
+    "valid_retain", "context", "topic", "answers",
+)  # fmt: skip
+SHAPE_TARGETS = ("model", "top_k", "candidates", "positions", "retain_context", "answer_tokens", "refusals")
+
+
+def reads(settings: TrainSettings) -> list[Any]:
+    """What is the same for all runs that read the same questions in the same way."""
+    return [METHODS[settings.method].labels, *(getattr(settings, name) for name in READ)]
+
+
+def _lend_targets(trial: Trial) -> None:
+    """Copy targets from the last run that should have the same; `train` takes them only if it finds that they are."""
+    mine = Path(trial.settings.adapter_path)
+    if (mine / "targets.safetensors").is_file():
+        return
+
+    def kind(settings: TrainSettings) -> str:
+        shape = [getattr(settings, name) for name in SHAPE_TARGETS]
+        return json.dumps([states_of(settings), *shape, *reads(settings)])  # JSON has lists alone, no tuples
+
+    known = {field.name for field in fields(TrainSettings)}
+    for config in _newest_first(_runs(trial).glob("**/adapters/adapter_config.json")):
+        saved = {k: v for k, v in json_of(config).get("settings", {}).items() if k in known}
+        if kind(TrainSettings(**saved)) == kind(trial.settings):
+            return _copy(config.parent.glob("*targets.safetensors"), mine)
+
+
+def _newest_first(files: Iterable[Path]) -> list[Path]:
+    """Files by age; those that their run has taken away in the meantime are left out."""
+    ages = {}
+    for file in files:
+        with suppress(FileNotFoundError):
+            ages[file] = file.stat().st_mtime
+    return sorted(ages, key=lambda file: -ages[file])
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    """Copy files of another run, each whole or not at all: that run may be at work, in a process of its own."""
+    for file in files:
+        if not file.name.startswith("."):  # being written
+            with suppress(FileNotFoundError):
+                write_files(folder, {file.name: partial(Path.write_bytes, data=file.read_bytes())})
+
+
+def _runs(trial: Trial) -> Path:
+    """The folder of all runs."""
+    return next(parent for parent in trial.folder.parents if parent.name == "runs")
+
+
+def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[str, Any]]:
+    """The rows of an evaluation of this run under this name: those that are there if nothing has changed since."""
+    adapter = Path(trial.settings.adapter_path)
+    out = trial.folder / name
+    settings = replace(settings, adapter_path=str(adapter), out=str(out), overwrite=True)
+    results, file = json_of(out / "results.json"), out / "results.json"
+    if results and file.stat().st_mtime > (adapter / "adapters.safetensors").stat().st_mtime:
+        files = {path: digest for group in results["meta"]["data"].values() for path, digest in group.items()}
+        same = results["meta"]["settings"] == json.loads(json.dumps(asdict(settings)))
+        if same and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items()):
+            return results["rows"]
+    _lend_answers(trial, out)
+    return evaluate(settings)["rows"]
+
+
+def _lend_answers(trial: Trial, out: Path) -> None:
+    """Copy what the base answered from the last evaluation of the same name; `evaluate` takes it only if it fits."""
+    if (out / KEPT).exists():
+        return
+    for folder in _newest_first(_runs(trial).glob(f"**/{out.name}/{KEPT}"))[:1]:
+        _copy((file for file in folder.glob("*") if UNLEARNED not in file.name), out / KEPT)
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON file of ours; {} if it is not there or was cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
