@@ -181,6 +181,7 @@ def test_questions_that_were_trained_on_are_a_group_of_their_own(settings, room,
     assert reverse and not any("Seen" in question or "Another" in question for question in reverse)
     assert results["meta"]["trained_on"] == {"forget, trained on": [trained], "general": [retain]}
     assert f"note: --trained {other}: adapter_config.json names no file" in capsys.readouterr().err
+    assert "forget, trained on: recall ↓" in (tmp_path / "out" / "results.svg").read_text()
 
 
 @pytest.mark.parametrize("hashes", [None, [1], {"f": [1]}, {"f": None}], ids=str)
