@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan(forget_authors=5, retain_authors=10, rounds=6, epochs=5, unlearning_steps=500, general=2000, questions=100)
-QUICK = Plan(forget_authors=1, retain_authors=2, rounds=1, epochs=2, unlearning_steps=10, general=40, questions=4)
+QUICK = Plan(forget_authors=1, retain_authors=2, rounds=1, epochs=1, unlearning_steps=4, general=8, questions=2)
 # Above the 0.8 that is wanted, as quantizing costs some of it.
 KNOWN = 0.9
 

@@ -34,16 +34,20 @@ def questions(path: Path, texts: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def unlearned(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The demo's model folder, and an adapter trained on it for a few real steps on a handful of questions."""
+    """The demo's model folder, and an adapter trained on it for a few real steps on a handful of questions.
+
+    The last 10 of its 30 layers learn enough, and the others are run once: a third of the time.
+    """
     folder = tmp_path_factory.mktemp("unlearn")
     adapter = folder / "adapters"
     out = command(
         "duet_mlx.train", "--model", demo_model, "--adapter-path", adapter, "--context", "refuse-all",
         "--forget", questions(folder / "forget.jsonl", FORGET),
         "--retain", questions(folder / "retain.jsonl", KEPT),
-        "--iters", 40, "--batch-size", 5, "--forget-per-batch", 2, "--learning-rate", 4e-4, "--steps-per-eval", 0,
+        "--iters", 40, "--batch-size", 5, "--forget-per-batch", 2, "--learning-rate", 6e-4, "--steps-per-eval", 0,
+        "--num-layers", 10,
     )  # fmt: skip
-    assert "training 2.44 M parameters" in out
+    assert "training 0.81 M parameters" in out
     return Path(json.loads((adapter / "adapter_config.json").read_text())["model"]), adapter
 
 
@@ -112,7 +116,7 @@ def test_evaluate_prints_the_table_and_leaves_its_files(unlearned: tuple[Path, P
     table = command(
         "duet_mlx.evaluate", "--model", model, "--adapter-path", adapter, "--context", "refuse-all",
         "--forget", questions(tmp_path / "forget.jsonl", FORGET),
-        "--retain", questions(tmp_path / "retain.jsonl", KEPT), "--out", out,
+        "--retain", questions(tmp_path / "retain.jsonl", KEPT), "--out", out, "--max-tokens", 12,
     )  # fmt: skip
     rows = json.loads((out / "results.json").read_text())["rows"]
     refused = {(row["model"], row["group"]): row["value"] for row in rows if row["metric"].startswith("refus")}
