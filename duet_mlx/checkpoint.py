@@ -124,7 +124,7 @@ def adapter_config(
     """What mlx-lm reads of an adapter, and beside it everything that made it.
 
     Args:
-        folder: the base's.  manifest: what the targets hang on (teacher.py).  keys, layers: what LoRA adapts.
+        folder: the base's.  manifest: what the targets hang on (kept_targets.py).  keys, layers: what LoRA adapts.
     """
     import mlx.core as mx
     import mlx_lm

@@ -19,6 +19,7 @@ from .context import Context, render
 from .data import Query
 from .generate import Part, batches, branch, can_branch, common_prefix, encode_prefix, streams, takes_row_masks
 from .head import find_head, logits_at
+from .kept_targets import SHARD
 from .loop import make_optimizer, make_step
 from .lower import Lower, find_stack, hidden_at
 from .memory import nbytes, peak_bytes
@@ -242,7 +243,8 @@ def estimate(
     phases.append(Phase("training", {**held, "working memory": step}))
 
     rows = min(rows_at_once(n, vocabulary), len(queries))
-    targets = count * n * width * 9  # an id, a logit and a mask each
+    at_once = min(count, 2 * SHARD) if method.labels == "teacher" else count  # one is built, one is being written
+    targets = at_once * n * width * 9  # an id, a logit and a mask each
     return Estimate(
         phases, targets + 2 * rows * n * vocabulary * 4, parameters, _numbers(model.trainable_parameters()), keys,
         layers, sum(tokens for *_, tokens in read), sum(int(stream.lengths[rows].sum()) for rows in steps),

@@ -5,7 +5,6 @@ python -m duet_mlx.teacher -c config.yaml     # builds the targets, prints teach
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,11 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from . import __version__
-from .context import DATE, Context, check_fits, check_renders, render
-from .data import Query, digest, in_turn
+from .context import Context, check_fits, check_renders, render
+from .data import Query, in_turn
 from .errors import ConfigError, ContextError, TrainingError, run_cli
-from .files import write_files
 from .methods import METHODS
 
 if TYPE_CHECKING:
@@ -230,96 +227,6 @@ def _is_float64(model: nn.Module) -> bool:
     from mlx.utils import tree_flatten
 
     return any(array.dtype == mx.float64 for _, array in tree_flatten(model.parameters()))
-
-
-def manifest(
-    model, tokenizer, queries: Sequence[Query], contexts: Sequence[Context], settings, asked: dict | None = None
-) -> dict[str, str]:
-    """What the targets hang on, each as a hash or a plain value: targets are reused only if all of it matches.
-
-    Args:
-        asked: the settings that they hang on; by default the teacher's.
-    """
-    from .model import weights_hash
-
-    return {
-        "model": weights_hash(model),
-        "tokenizer": digest([tokenizer.get_vocab(), tokenizer.chat_template or "", sorted(tokenizer.eos_token_ids)]),
-        "data": digest([[q.id, q.question, q.role, q.context] for q in queries]),
-        "context": digest([[c.name, c.system, c.turns] for c in contexts]),
-        "settings": json.dumps(
-            asked or {name: getattr(settings, name) for name in ("top_k", "candidates", "positions", "retain_context")}
-        ),
-        "date": DATE.isoformat(),
-        "duet_mlx": __version__,
-    }
-
-
-def save_targets(path: Path, targets: Targets, described: dict[str, str]) -> None:
-    """Write targets and manifest as one safetensors file, whole or not at all."""
-    from safetensors.numpy import save
-
-    # Not by MLX, which writes no float64. One entry of metadata, for the order of several is not fixed.
-    arrays = {name: array for name, array in targets._asdict().items() if array is not None and array.size}
-    content = save(arrays, {"manifest": json.dumps(described)})
-    write_files(path.parent, {path.name: lambda file: file.write_bytes(content)})
-
-
-def load_targets(path: Path, described: dict[str, str]) -> Targets | str:
-    """Targets saved under the same manifest, or one line that says why they must be built anew."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return "none saved yet"
-    try:
-        with safe_open(path, framework="np") as file:
-            saved = json.loads((file.metadata() or {}).get("manifest", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        return f"{path} is damaged ({error})"
-    changed = [name for name in described if saved.get(name) != described[name]]
-    if changed:
-        return f"{', '.join(changed)} changed since {path} was written"
-    fields = {name: arrays[name] for name in Targets._fields if name in arrays}
-    fields.setdefault("continuation", np.zeros((len(fields["ids"]), 0), dtype=np.int32))
-    return Targets(**fields)
-
-
-def saved_or_built(
-    path: Path,
-    model,
-    tokenizer,
-    queries: Sequence[Query],
-    contexts: Sequence[Context],
-    settings,
-    head,
-    asked: dict | None = None,
-    build: Callable[..., Targets] | None = None,
-    keep: bool = True,
-) -> tuple[Targets, dict[str, str]]:
-    """The targets at `path` if they were built from the very same things, else built now and saved there.
-
-    Args:
-        asked: as `manifest`.  build: what builds them, with teacher_targets' arguments, instead of it.
-        keep: False saves nothing.
-    """
-    from . import parallel
-
-    described = manifest(model, tokenizer, queries, contexts, settings, asked)
-    found = load_targets(path, described)
-    saved = found if isinstance(found, Targets) else None
-    if parallel.anywhere(saved is not None):
-        print(f"targets: reused from {path}")
-        return parallel.from_first(saved), described
-    print(f"targets: built now ({found}{'' if keep else '; not saved'})")
-
-    def read(part: Sequence[Query]) -> Targets:
-        return (build or teacher_targets)(model, tokenizer, part, contexts, settings, head)
-
-    targets = parallel.built(read, queries, settings)
-    if keep:
-        save_targets(path, targets, described)
-    return targets, described
 
 
 def check_lengths(tokenizer, queries: Sequence[Query], contexts, settings, window: int) -> None:

@@ -22,12 +22,13 @@ from .context import Context, load_contexts, render
 from .data import Query, check_disjoint, load_queries, spread
 from .errors import TrainingError, run_cli
 from .files import folder_for_adapter, only_run_in, write_text
+from .kept_targets import manifest, saved_or_built
 from .labels import asked_of, check_answers, check_method, targets_of
 from .loop import checkpointed, make_optimizer, make_step, run_steps
 from .methods import METHODS, method_loss, reads_retain
 from .resume import check_fits, cut_log, going_on
 from .stream import Stream
-from .teacher import Targets, check_lengths, manifest, saved_or_built
+from .teacher import Targets, check_lengths
 from .train_settings import TrainSettings, parse_settings
 from .watch import interrupts_noted
 

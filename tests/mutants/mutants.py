@@ -334,11 +334,11 @@ BACKEND = (
         "tests/equivalence/test_teacher_equivalence.py::test_targets_of_a_model_are_the_references",
     ),
     Mutant(
-        "duet_mlx/teacher.py",
+        "duet_mlx/kept_targets.py",
         "targets of another K are used again",
         '("top_k", "candidates", "positions", "retain_context")',
         '("candidates", "positions", "retain_context")',
-        "tests/unit/test_teacher.py",
+        "tests/unit/test_kept_targets.py",
     ),
     # --- tokens, positions, batches
     Mutant(
