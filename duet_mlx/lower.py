@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import parallel
 from .generate import batches, branch, can_branch, encode_prefix, pad, streams
 from .head import logits_at, rounding
 
@@ -112,12 +113,16 @@ def hidden_states(
     sequences: Sequence[Sequence[int]],
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Lower, list[mx.array]]:
-    """What comes into `layer` from the shared prefix [1, P, D], and from each sequence after it [T, D]."""
+    """What comes into `layer` from the shared prefix [1, P, D], and from each sequence after it [T, D].
+
+    Of several processes each runs every size-th batch and gives what comes out to the others.
+    """
     cache = encode_prefix(model, prefix) if prefix else []
     lower = Lower(layer, hidden_at(model, layer, mx.array([list(prefix)])) if prefix else None)
     states: list[mx.array] = [mx.array([])] * len(sequences)
     before = np.array([], dtype=int)
-    for number, rows in enumerate(batches([len(s) for s in sequences], 32, equal=False)):
+    cut = list(batches([len(s) for s in sequences], 32, equal=False))
+    for number, rows in enumerate(parallel.mine(cut)):
         with mx.stream(streams()[number % len(streams())]):
             hidden = hidden_at(model, layer, pad([sequences[row] for row in rows]), branch(cache, len(rows)) or None)
             for row, state in zip(rows, hidden, strict=True):
@@ -129,7 +134,35 @@ def hidden_states(
         if progress:
             progress(len(rows))
     mx.eval(lower.prefix, states)  # what a compiled step holds must be numbers: it cannot trace what made them
+    if parallel.size() > 1:
+        exchange(hidden_at(model, layer, mx.array([[0]])), states, cut, [len(s) for s in sequences], progress)
     return lower, states
+
+
+def exchange(
+    like: mx.array,
+    states: list[mx.array],
+    cut: Sequence[np.ndarray],
+    lengths: Sequence[int],
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Put in the states [T, D] that other processes have run, of all batches but `parallel.mine(cut)`.
+
+    Args:
+        like: [..., D], of the states' type.
+    """
+    own = parallel.mine(range(len(cut)))
+    for number, rows in enumerate(cut):
+        width = max(lengths[row] for row in rows)
+        if number in own:
+            mx.eval(mx.distributed.all_sum(padded([states[row] for row in rows], width)))
+            continue
+        whole = mx.distributed.all_sum(mx.zeros((len(rows), width, like.shape[-1]), like.dtype))
+        for row, state in zip(rows, whole, strict=True):
+            states[row] = mx.contiguous(state[: lengths[row]] + 0)
+        mx.eval([states[row] for row in rows])
+        if progress:
+            progress(len(rows))
 
 
 def padded(states: Sequence[mx.array], width: int) -> mx.array:

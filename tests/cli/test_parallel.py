@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from duet_mlx.resume import load_state
-from tests.tiny_model import contents, replaced
+from tests.tiny_model import contents, replaced, write_questions
 
 
 def launcher(flags: list[str]) -> list[str]:
@@ -36,10 +36,23 @@ def launch(flags: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(launcher(flags), capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("method", ["duet", "idkdpo"])
-def test_two_processes_give_the_adapter_of_one(command, quick, tmp_path, method):
+@pytest.mark.parametrize(("method", "layers"), [("duet", "-1"), ("duet", "1"), ("idkdpo", "-1")])
+def test_two_processes_give_the_adapter_of_one(command, quick, tmp_path, method, layers):
     rate = 3e-4
-    flags = [*quick, "--method", method, "--grad-accumulation-steps", "2", "--learning-rate", str(rate)]
+    flags = [
+        *quick,
+        "--method",
+        method,
+        "--num-layers",
+        layers,
+        "--grad-accumulation-steps",
+        "2",
+        "--learning-rate",
+        str(rate),
+    ]
+    if layers == "1":  # what comes out of the lower layers is exchanged: 32 questions at a time, so both have some
+        places = write_questions(tmp_path / "retain.jsonl", [f"Where is place {i}?" for i in range(40)])
+        flags = replaced(flags, "--retain", str(places))
     one, two = tmp_path / "one", tmp_path / "two"
     assert command("train", *replaced(flags, "--adapter-path", str(one))).code == 0
     ended = launch(replaced(flags, "--adapter-path", str(two)))
@@ -56,7 +69,8 @@ def test_two_processes_give_the_adapter_of_one(command, quick, tmp_path, method)
     for before, after in zip(*logs, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
         assert after["gradient_norm"] == pytest.approx(before["gradient_norm"], rel=1e-3) or after["step"] % 2
-    if method == "idkdpo":
+    assert ("not trained: they are run once" in ended.stdout) == (layers == "1")
+    if layers == "1" or method == "idkdpo":
         return  # what follows is the same for all
     again = launch([*replaced(flags, "--adapter-path", str(two)), "--overwrite"])
     assert again.returncode == 0 and again.stdout.count("targets: reused") == 1, again.stderr
