@@ -25,7 +25,7 @@ from duet_mlx.errors import ConfigError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 # sections.SECTIONS, which brings MLX with it: `--help` should not wait for that.
-PARTS = ("head", "padding", "teacher", "growth", "evaluation", "size", "step")
+PARTS = ("head", "padding", "teacher", "growth", "evaluation", "size", "scaling", "step")
 DATA = ROOT / "examples" / "harry_potter" / "data"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,17 +23,20 @@ from duet_mlx.dry_run import skeleton
 from duet_mlx.estimate import estimate
 from duet_mlx.generate import common_prefix, decode, greedy, stop_ids
 from duet_mlx.head import find_head, head_rows
+from duet_mlx.kept_targets import saved_or_built
 from duet_mlx.model import on_gpu
 from duet_mlx.stream import Stream
-from duet_mlx.teacher import Targets, rows_at_once, teacher_targets, topk
+from duet_mlx.teacher import Targets, rows_at_once, topk
 from duet_mlx.train import parse_settings, prepare, read_questions, train
 from duet_mlx.train_settings import TrainSettings
 
 from .bench import Bench, long_context, mean
 from .measure import Row, in_turns, once, seconds
 from .plain import generate_in_a_loop
+from .scaling import scaling
 from .step import training_step
 
+PAGE = 1 if sys.platform == "darwin" else 1024  # bytes in which the system counts a process's memory
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "harry_potter"
 
 # --- the teacher ----------------------------------------------------------------------------------------------------
@@ -70,25 +75,29 @@ def teacher_pass(bench: Bench) -> Iterator[Row]:
 
 
 def growth(bench: Bench) -> Iterator[Row]:
-    """The cost of one query more, as N grows, teacher and top-K included."""
+    """The cost of one query more, as N grows: teacher, top-K, and the targets on the disk."""
     context = long_context(bench.tokenizer, bench.queries[0].question, 50)
     spent = []
     for count in bench.growing:
         many = [replace(bench.queries[i % len(bench.queries)], id=str(i)) for i in range(count)]
 
         def read(many: list[Query]) -> None:
-            teacher_targets(
-                bench.model, bench.tokenizer, many, [context], bench.settings, find_head(bench.model)
-            )  # fmt: skip
+            with tempfile.TemporaryDirectory() as folder:
+                saved_or_built(
+                    Path(folder) / "targets.safetensors", bench.model, bench.tokenizer, many, [context],
+                    bench.settings, find_head(bench.model),
+                )  # fmt: skip
 
-        spent.append((count, *once(lambda: read(many))))  # noqa: B023
-    (few, early, peak), (more, later, peak_later), *_ = spent
-    for count, total, at in spent[2:]:
+        cost = once(lambda: read(many))  # noqa: B023
+        spent.append((count, *cost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PAGE))
+    (few, early, *_), (more, later, peak, whole) = spent[:2]
+    for count, total, at, grown in spent[2:]:
         marginal, before = (total - later) / (count - more), (later - early) / (more - few)
         yield Row(
             f"one query more, N {more} → {count}",
             f"{seconds(marginal)}, {at / 1e9:.2f} GB", f"{seconds(before)} at N {few} → {more}, {peak / 1e9:.2f} GB",
             marginal / before, "0.9 to 1.1",
+            f"the process at its largest so far: {grown / 1e9:.2f} GB, at N {more} {whole / 1e9:.2f} GB",
         )  # fmt: skip
 
 
@@ -200,5 +209,6 @@ SECTIONS = {
     "growth": growth,
     "evaluation": evaluation,
     "size": size,
+    "scaling": scaling,
     "step": training_step,  # the last: it puts LoRA on the model
 }

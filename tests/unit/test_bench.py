@@ -29,6 +29,7 @@ def test_a_quick_run_measures_every_line_and_overwrites_nothing(tmp_path):
     for name in ("head forward", "padding wasted", "teacher", "one query more", "evaluation", "training step",
                  "peak memory of a step less the weights", "peak memory"):  # fmt: skip
         assert math.isfinite(rows[name]["ratio"]), name
+    assert on_gpu() or math.isfinite(rows["two processes against one"]["ratio"])
     assert run.stdout.count("\n") == 2 + len(found["rows"]) and run.stdout.startswith("| measure |")
     assert {"device", "blas", "threads"} <= set(found["meta"]["machine"])
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
