@@ -67,6 +67,6 @@ def test_logits_that_are_not_finite_name_the_query():
 def test_a_question_longer_than_the_window_is_named_with_the_flag():
     with pytest.raises(DataError, match=r"f1: \d+ tokens and 3 positions exceed --max-seq-length of 9"):
         check_lengths(TOKENIZER, QUERIES, CONTEXTS, replace(SETTINGS, max_seq_length=9), 1000)
-    with pytest.raises(DataError, match=r"f1: \d+ tokens and 3 positions exceed the model's window of 40"):
-        check_lengths(TOKENIZER, QUERIES, CONTEXTS, SETTINGS, 40)
+    with pytest.raises(DataError, match=r"f1: \d+ tokens and 3 positions exceed the model's window of 34"):
+        check_lengths(TOKENIZER, QUERIES, CONTEXTS, SETTINGS, 34)
     check_lengths(TOKENIZER, QUERIES, CONTEXTS, SETTINGS, 1000)
