@@ -26,7 +26,7 @@ from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets, teacher_targets
 from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
 from reference import teacher as ref
-from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, duet_loss, llama, plain_logits, tokenizer
+from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, duet_loss, llama, plain_logits, shared, tokenizer
 from tests.reference.exact_float64 import exact_float64
 
 TOKENIZER = tokenizer()
@@ -83,6 +83,7 @@ def random_targets(rng: np.random.Generator, count: int, n: int, width: int, dty
 @given(
     rows=prompts, seed=seeds, n=st.integers(1, 3), width=st.integers(1, 8), tied=st.booleans(), more=st.integers(0, 9)
 )
+@shared(2)
 def test_a_querys_loss_hangs_on_nothing_but_itself(
     dtype: Any, rows: list[list[int]], seed: int, n: int, width: int, tied: bool, more: int
 ) -> None:
@@ -130,6 +131,7 @@ with mx.stream(mx.cpu):
 
 @precisions
 @given(rows=prompts, seed=seeds, n=st.integers(1, 3), width=st.integers(1, 8), tied=st.booleans())
+@shared(2)
 def test_layers_run_once_give_the_loss_and_gradient_of_layers_run_each_time(
     dtype: Any, rows: list[list[int]], seed: int, n: int, width: int, tied: bool
 ) -> None:
@@ -181,6 +183,7 @@ def test_layers_below_are_run_in_each_step_where_the_architecture_does_not_allow
 
 @precisions
 @given(seed=seeds, n=st.integers(1, 3), mode=st.sampled_from(["teacher", "union"]))
+@shared(2)
 def test_a_querys_targets_hang_on_nothing_but_itself(dtype: Any, seed: int, n: int, mode: str) -> None:
     rng = np.random.default_rng(seed)
     asked = [
@@ -209,6 +212,7 @@ def test_a_querys_targets_hang_on_nothing_but_itself(dtype: Any, seed: int, n: i
 
 @precisions
 @given(rows=prompts, count=st.integers(1, 5), size=st.integers(1, 3), seed=seeds)
+@shared(2)
 def test_greedy_in_batches_is_greedy_alone_and_the_references(
     dtype: Any, rows: list[list[int]], count: int, size: int, seed: int
 ) -> None:
@@ -236,6 +240,7 @@ def test_greedy_in_batches_is_greedy_alone_and_the_references(
 @given(
     text=st.text(alphabet="abcd ?", min_size=1, max_size=8).filter(str.strip), n=st.integers(1, 3), center=st.booleans()
 )
+@shared(2)
 def test_an_empty_context_and_a_fresh_adapter_give_no_loss_and_no_gradient(
     dtype: Any, text: str, n: int, center: bool
 ) -> None:

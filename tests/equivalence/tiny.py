@@ -30,7 +30,7 @@ FLOAT32, FLOAT64 = ROUNDINGS * 2.0**-24, ROUNDINGS * 2.0**-53
 
 
 def shared(parts: int) -> settings:
-    """The profile's examples in equal parts, for a property that takes so many methods or families in turn."""
+    """The profile's examples in equal parts, for a property that is run for so many methods, or dtypes, in turn."""
     return settings(max_examples=math.ceil(settings().max_examples / parts))
 
 
