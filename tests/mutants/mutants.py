@@ -357,6 +357,27 @@ BACKEND = (
     ),
     Mutant(
         "duet_mlx/stream.py",
+        "a window longer than an epoch: copies of one query side by side",
+        "window = max(1, min(WINDOW, int(min(epochs))))",
+        "window = WINDOW",
+        "tests/equivalence/test_stream_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/stream.py",
+        "batches of later epochs have shapes of their own",
+        "min((w for w in self.widths if w >= width), default=width)",
+        "width",
+        "tests/equivalence/test_stream_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/kept_targets.py",
+        "each shard written over the first",
+        "place + row * array[0].nbytes",
+        "place",
+        "tests/unit/test_kept_targets.py",
+    ),
+    Mutant(
+        "duet_mlx/stream.py",
         "shares of forget and retain queries swapped",
         "zip(draws, (f, r), strict=True)",
         "zip(draws, (r, f), strict=True)",
