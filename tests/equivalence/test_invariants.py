@@ -15,11 +15,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from duet_mlx import generate
 from duet_mlx.context import Context, render
 from duet_mlx.data import Query
 from duet_mlx.head import check_head, logits_at
+from duet_mlx.labels import base_answers
 from duet_mlx.losses import topk_huber
 from duet_mlx.model import adapter_parameters, add_lora, lora_keys, weights_hash
 from duet_mlx.stream import Stream
@@ -234,6 +236,23 @@ def test_greedy_in_batches_is_greedy_alone_and_the_references(
             close = [i for i, gap in enumerate(gaps) if gap < 2 * rounding(dtype, 10)]
             sure = close[0] if close else count
             assert answer[:sure] == expected[:sure]
+
+
+@given(rows=prompts, n=st.integers(1, 4), seed=seeds)
+def test_the_bases_answers_are_greedy_to_the_end_of_turn_which_is_a_part_of_them(
+    rows: list[list[int]], n: int, seed: int
+) -> None:
+    """A turn ends with a word that the first answer has, so that some answer ends."""
+    with exact_float64():
+        model = BASES[mx.float64]
+
+        def said(prompt: list[int], stop: Any = ()) -> list[int]:
+            return ref.greedy(lambda tokens: plain_logits(model, tokens)[-1], prompt, n, stop)
+
+        ending = TokenizerWrapper(TOKENIZER._tokenizer, eos_token_ids=[said(rows[0])[seed % n]])
+        stop = generate.stop_ids(ending)
+        for prompt, answer in zip(rows, base_answers(model, ending, rows, n, head_of(model)), strict=True):
+            assert answer == said(prompt)[: len(said(prompt, stop)) + 1]
 
 
 @precisions
