@@ -46,8 +46,7 @@ class Plan(NamedTuple):
 
 FULL = Plan(forget_authors=5, retain_authors=10, rounds=6, epochs=5, unlearning_steps=500, general=2000, questions=100)
 QUICK = Plan(forget_authors=1, retain_authors=2, rounds=1, epochs=1, unlearning_steps=4, general=8, questions=2)
-# Above the 0.8 that is wanted, as quantizing costs some of it.
-KNOWN = 0.9
+KNOWN = 0.8  # ROUGE-L recall of the quantized model: 0.92 became 0.70 when what was taught first was quantized
 
 
 def prepare(out: Path, plan: Plan) -> Path:
@@ -87,7 +86,7 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
     """Teach a model the answers of some files, and save it quantized as the base is.
 
     Args:
-        sides: TOFU files by name; the rounds end when the ROUGE-L recall of each is above KNOWN.
+        sides: TOFU files by name; the rounds end when the quantized model's ROUGE-L recall of each is above KNOWN.
         folder: where the model goes, with implant.json last, which says that it is whole.
     """
     import mlx.core as mx
@@ -105,9 +104,14 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["of"] == described:
         print(f"{folder.name}: there already")
         return
-    model = widen(dequantize_model(model))
-    # Enough room for some hundred answers; a rate at which 5 epochs move a rank of 32. Not tuned.
-    add_lora(model, -1, rank=32, scale=2.0, dropout=0.0, keys=lora_keys(model))
+
+    def student(weights: Path | None = None) -> Any:
+        """The base in float32 with LoRA: enough room for some hundred answers."""
+        model = widen(dequantize_model(load_model(base)[0]))
+        add_lora(model, -1, rank=32, scale=2.0, dropout=0.0, keys=lora_keys(model))
+        return model if weights is None else model.load_weights(str(weights), strict=False)
+
+    model = student()
     items = {name: read_items(path, name) for name, path in sides.items()}
     talks = [
         {"messages": [{"role": "user", "content": i.question}, {"role": "assistant", "content": i.answers[0]}]}
@@ -132,18 +136,19 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
             )
             mx.random.seed(number)
             model.train()
+            # A rate at which 5 epochs move a rank of 32.
             train(model, optim.Adam(1e-3, bias_correction=True), data, args=arguments, loss=answer_loss)
             os.replace(partial, kept)
-        model.eval()
-        recall = {name: mean_recall(model, tokenizer, side) for name, side in items.items()}
-        print(f"{folder.name}: round {number} of {plan.rounds}, ROUGE-L recall {_figures(recall)}")
+        quantized = save_quantized(student(kept), tokenizer, source, work / "model")
+        recall = {name: mean_recall(quantized, tokenizer, side) for name, side in items.items()}
+        print(f"{folder.name}: round {number} of {plan.rounds}, quantized, ROUGE-L recall {_figures(recall)}")
         if min(recall.values()) > KNOWN:
             break
 
-    quantized = save_quantized(model, tokenizer, source, folder)
-    after = {name: mean_recall(quantized, tokenizer, side) for name, side in items.items()}
-    print(f"{folder.name}: quantized, ROUGE-L recall {_figures(after)}")
-    record = {"of": described, "recall": recall, "recall_quantized": after}
+    if folder.exists():  # of another plan or base: nothing that was made is thrown away
+        folder.rename(folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"))
+    os.replace(work / "model", folder)
+    record = {"of": described, "rounds": number, "recall": recall}
     done.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
 
@@ -190,12 +195,8 @@ def save_quantized(model: Any, tokenizer: Any, source: Path, folder: Path) -> An
         model, config = quantize_model(
             model, config, **common, quant_predicate=lambda path, _: quantization.get(path, True)
         )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save(partial, source, model, tokenizer, config)
-    if folder.exists():  # of another plan or base: nothing that was made is thrown away
-        folder.rename(folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"))
-    os.replace(partial, folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of the round before
+    save(folder, source, model, tokenizer, config)
     return load_model(str(folder))[0]
 
 
