@@ -53,6 +53,8 @@ def dry_run(settings: TrainSettings) -> None:
     for phase in found.phases:
         parts = ", ".join(f"{name} {size(held)}" for name, held in phase.held.items() if held)
         print(f"memory     {size(phase.total)} in {phase.name}: {parts}")
+    if found.on_disk:
+        print(f"disk       {size(found.on_disk)} while it trains, of what comes out of the layers that are not trained")
     has, what = machine_memory()
     needs = found.peak + found.numpy
     print(f"peak       {size(needs)}, {size(found.numpy)} of it NumPy's; {what} is {size(has)}")

@@ -46,6 +46,7 @@ class Estimate(NamedTuple):
 
     phases: list[Phase]
     numpy: int  # bytes beside MLX's: targets and the logits that they are taken from
+    on_disk: int  # bytes while it trains, of what comes out of the layers that are not trained
     parameters: int
     trained: int
     keys: list[str]  # what LoRA is put on, in the last `layers`
@@ -228,26 +229,24 @@ def estimate(
     stream = Stream(prompts, placeholder_targets(count, n, width, states), prefix, forget)
     steps = stream.schedule(forget, kept, settings)
 
-    lower = 0
+    on_disk = 0
     if first:
         tokens = int(stream.lengths.sum()) + sum(len(prompt) - prefix + n - 1 for prompt in watched)
-        lower = (tokens + prefix) * into_last.nbytes
+        on_disk = tokens * into_last.nbytes
         once = scoring(model, prompts + watched, n, lambda m, t, cache: hidden_at(m, first, t, cache), 32)
-        phases.append(
-            Phase("lower layers", {"weights": weights, "adapters": adapters, "kept": lower, "working memory": once})
-        )
+        phases.append(Phase("lower layers", {"weights": weights, "adapters": adapters, "working memory": once}))
     longest = max(steps, key=lambda rows: stream.lengths[rows].max())
     step = training_step(settings, model, head if in_layers else None, stream, longest, prompts[0][:prefix], first)
     # Adam has two moments; and the state before the last update is kept in case the next loss is not finite.
-    held = {"weights": weights, "adapters": 2 * adapters, "optimizer": 4 * adapters, "kept": lower}
+    held = {"weights": weights, "adapters": 2 * adapters, "optimizer": 4 * adapters}
     phases.append(Phase("training", {**held, "working memory": step}))
 
     rows = min(rows_at_once(n, vocabulary), len(queries))
     at_once = min(count, 2 * SHARD) if method.labels == "teacher" else count  # one is built, one is being written
     targets = at_once * n * width * 9  # an id, a logit and a mask each
     return Estimate(
-        phases, targets + 2 * rows * n * vocabulary * 4, parameters, _numbers(model.trainable_parameters()), keys,
-        layers, sum(tokens for *_, tokens in read), sum(int(stream.lengths[rows].sum()) for rows in steps),
+        phases, targets + 2 * rows * n * vocabulary * 4, on_disk, parameters, _numbers(model.trainable_parameters()),
+        keys, layers, sum(tokens for *_, tokens in read), sum(int(stream.lengths[rows].sum()) for rows in steps),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy as np
 from . import parallel
 from .generate import batches, branch, can_branch, encode_prefix, pad, streams
 from .head import logits_at, rounding
+from .kept_states import KeptStates
 
 
 class Lower(NamedTuple):
@@ -52,12 +54,14 @@ def _standing_in(model: nn.Module, kept: slice, at: int, answer: Callable) -> It
         return answer(partial(original.__call__, self), x, *rest, **more)
 
     stack[name] = layers[kept]
-    layer.__class__ = type(original.__name__, (original,), {"__call__": call})
+    layer.__class__ = standing_in = type(original.__name__, (original,), {"__call__": call})
     try:
         yield
     finally:
         layer.__class__ = original
         stack[name] = layers
+        # A class refers to itself: what `answer` holds on to would stay in memory until Python looks for such cycles.
+        del standing_in.__call__
 
 
 @contextmanager
@@ -112,59 +116,49 @@ def hidden_states(
     prefix: Sequence[int],
     sequences: Sequence[Sequence[int]],
     progress: Callable[[int], object] | None = None,
-) -> tuple[Lower, list[mx.array]]:
+    folder: Path | None = None,
+) -> tuple[Lower, KeptStates]:
     """What comes into `layer` from the shared prefix [1, P, D], and from each sequence after it [T, D].
 
     Of several processes each runs every size-th batch and gives what comes out to the others.
+
+    Args:
+        folder: as KeptStates.
+
+    Raises:
+        TrainingError: the disk has no room.
     """
     cache = encode_prefix(model, prefix) if prefix else []
     lower = Lower(layer, hidden_at(model, layer, mx.array([list(prefix)])) if prefix else None)
-    states: list[mx.array] = [mx.array([])] * len(sequences)
-    before = np.array([], dtype=int)
-    cut = list(batches([len(s) for s in sequences], 32, equal=False))
+    mx.eval(lower.prefix)  # what a compiled step holds must be numbers: it cannot trace what made them
+    lengths = [len(s) for s in sequences]
+    states = KeptStates(folder, lengths, hidden_at(model, layer, mx.array([[0]])))
+    cut = list(batches(lengths, 32, equal=False))
+    waiting: list[tuple[np.ndarray, mx.array]] = []
     for number, rows in enumerate(parallel.mine(cut)):
         with mx.stream(streams()[number % len(streams())]):
             hidden = hidden_at(model, layer, pad([sequences[row] for row in rows]), branch(cache, len(rows)) or None)
-            for row, state in zip(rows, hidden, strict=True):
-                # A copy: a slice would keep the whole batch alive.
-                states[row] = mx.contiguous(state[: len(sequences[row])] + 0)
-        mx.async_eval([states[row] for row in rows])
-        mx.eval([states[row] for row in before])  # one batch is under way while the next is put together
-        before = rows
+        mx.async_eval(hidden)
+        waiting.append((rows, hidden))
+        if len(waiting) > 1:  # one batch is under way while the one before is written
+            states.write(*waiting.pop(0))
         if progress:
             progress(len(rows))
-    mx.eval(lower.prefix, states)  # what a compiled step holds must be numbers: it cannot trace what made them
+    for one in waiting:
+        states.write(*one)
     if parallel.size() > 1:
-        exchange(hidden_at(model, layer, mx.array([[0]])), states, cut, [len(s) for s in sequences], progress)
+        exchange(states, cut, progress)
     return lower, states
 
 
-def exchange(
-    like: mx.array,
-    states: list[mx.array],
-    cut: Sequence[np.ndarray],
-    lengths: Sequence[int],
-    progress: Callable[[int], object] | None = None,
-) -> None:
-    """Put in the states [T, D] that other processes have run, of all batches but `parallel.mine(cut)`.
-
-    Args:
-        like: [..., D], of the states' type.
-    """
+def exchange(states: KeptStates, cut: Sequence[np.ndarray], progress: Callable[[int], object] | None = None) -> None:
+    """Write the states that other processes have run, of all batches but `parallel.mine(cut)`."""
     own = parallel.mine(range(len(cut)))
     for number, rows in enumerate(cut):
-        width = max(lengths[row] for row in rows)
-        if number in own:
-            mx.eval(mx.distributed.all_sum(padded([states[row] for row in rows], width)))
-            continue
-        whole = mx.distributed.all_sum(mx.zeros((len(rows), width, like.shape[-1]), like.dtype))
-        for row, state in zip(rows, whole, strict=True):
-            states[row] = mx.contiguous(state[: lengths[row]] + 0)
-        mx.eval([states[row] for row in rows])
-        if progress:
-            progress(len(rows))
-
-
-def padded(states: Sequence[mx.array], width: int) -> mx.array:
-    """States [T, D] of some sequences as one [B, width, D], zeros on the right."""
-    return mx.stack([mx.pad(state, ((0, width - len(state)), (0, 0))) for state in states])
+        # One process has run this batch; the others have zeros there.
+        whole = mx.distributed.all_sum(states.batch(rows, int(states.lengths[rows].max())))
+        mx.eval(whole)
+        if number not in own:
+            states.write(rows, whole)
+            if progress:
+                progress(len(rows))

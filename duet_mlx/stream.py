@@ -11,8 +11,7 @@ import numpy as np
 from .teacher import Targets
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
+    from .kept_states import KeptStates
     from .train_settings import TrainSettings
 
 # On a GPU batch widths are multiples of this: mx.compile keeps a trace for each shape. On a CPU steps are not compiled.
@@ -43,7 +42,7 @@ class Stream:
             for suffix, row, count in zip(self.suffixes, targets.continuation, supervised, strict=True)
         ]
         self.lengths = np.array([len(s) for s in self.sequences])
-        self.hidden: list[mx.array] | None = None  # lower.hidden_states of the sequences
+        self.hidden: KeptStates | None = None  # lower.hidden_states of the sequences
         self.multiple = WIDTHS if on_gpu() else 1
         self.widths: list[int] = []  # of the batches of the first epoch
 
@@ -59,7 +58,6 @@ class Stream:
 
         from .generate import pad
         from .losses import Batch
-        from .lower import padded
 
         count, width = int(np.isin(rows, self.forget).sum()), self.width(rows)
         if self.refusals:
@@ -78,7 +76,7 @@ class Stream:
             mx.array(t.logits[rows], dtype=kind),
             mx.array(t.candidate_mask[rows]),
             mx.array(t.position_mask[rows]),
-            padded([self.hidden[row] for row in rows], width) if self.hidden else None,
+            self.hidden.batch(rows, width) if self.hidden else None,
             None if t.states is None else mx.array(t.states[rows], dtype=kind),
             count,
         )

@@ -35,6 +35,8 @@ from .watch import interrupts_noted
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from .lower import Lower
+
 
 class Prepared(NamedTuple):
     """All that training reads: the base, the questions, the contexts, and what the teacher said."""
@@ -129,8 +131,17 @@ def _read(
     return Prepared(model, tokenizer, folder, head, contexts, queries, targets, described, valid, valid_targets)
 
 
-def run_lower(model: nn.Module, layer: int, prefix: list[int], streams: list[Stream]):
-    """Run what lies below the first adapted layer once for all batches of these streams; None: it is run in each."""
+def run_lower(
+    model: nn.Module, layer: int, prefix: list[int], streams: list[Stream], folder: Path | None = None
+) -> Lower | None:
+    """Run what lies below the first adapted layer once for all batches of these streams; None: it is run in each.
+
+    Args:
+        folder: whose disk takes what comes out; by default that of temporary files.
+
+    Raises:
+        TrainingError: the disk has no room.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from tqdm import tqdm
@@ -149,7 +160,7 @@ def run_lower(model: nn.Module, layer: int, prefix: list[int], streams: list[Str
     count = sum(len(stream.sequences) for stream in streams)
     with tqdm(total=count, desc="lower layers", unit="q", file=sys.stdout, leave=False) as bar:
         for stream in streams:
-            lower, stream.hidden = hidden_states(model, layer, prefix, stream.sequences, bar.update)
+            lower, stream.hidden = hidden_states(model, layer, prefix, stream.sequences, bar.update, folder)
     return lower
 
 
@@ -191,7 +202,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     valid_stream = Stream(watched, valid_targets, prefix, valid_forget) if valid_targets else None
     batches = stream.schedule(forget, kept, settings)
     shared = list(prompts[0][:prefix])
-    lower = run_lower(model, len(model.layers) - layers, shared, [s for s in (stream, valid_stream) if s])
+    lower = run_lower(model, len(model.layers) - layers, shared, [s for s in (stream, valid_stream) if s], path)
 
     optimizer = make_optimizer(settings)
     optimizer.init(model.trainable_parameters())

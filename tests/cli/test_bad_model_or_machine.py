@@ -189,6 +189,16 @@ def test_no_room_for_the_adapter(refused, quick, trained, room):
     assert not [name for name in after if "partial" in name]
 
 
+def test_no_room_for_what_the_lower_layers_give(refused, command, quick, trained):
+    """Only the targets' file is as it should be by then; with room for the rest the run is done, and leaves no more."""
+    before, flags = contents(trained), [*quick, "--overwrite", "--num-layers", 1]
+    with small_disk(20_000):
+        refused("train", *flags, says=(f"{trained}: ", "layers that are not trained", "--num-layers -1"))
+    assert contents(trained) == before
+    assert command("train", *flags).code == 0
+    assert contents(trained).keys() == before.keys()
+
+
 def test_no_room_for_the_targets_on_a_second_run(refused, quick, trained):
     before = contents(trained)
     with small_disk(1000):

@@ -20,6 +20,12 @@ def test_it_needs_no_weights_and_writes_nothing(command, quick, model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
 
 
+def test_what_the_lower_layers_give_is_said_to_lie_on_the_disk(command, quick):
+    ended = command("train", *quick, "--dry-run", "--num-layers", 1)
+    (disk,) = [line for line in ended.out.splitlines() if line.startswith("disk ")]
+    assert "while it trains" in disk and float(disk.split()[1]) > 0
+
+
 def test_what_does_not_fit_is_refused_with_what_to_lower(refused, quick, monkeypatch):
     monkeypatch.setattr(dry_run, "machine_memory", lambda: (1_000_000, "a very small machine"))
     said = (" do not fit into 1.0 MB (a very small machine)", "--batch-size 2", "a smaller or more tightly")

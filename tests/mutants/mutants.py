@@ -454,6 +454,20 @@ BACKEND = (
         "None)",
         "tests/equivalence/test_invariants.py::test_layers_run_once_give_the_loss_and_gradient_of_layers_run_each_time",
     ),
+    Mutant(
+        "duet_mlx/lower.py",
+        "what has run through the lower layers stays in memory",
+        "del standing_in.__call__",
+        "pass",
+        "tests/unit/test_kept_states.py",
+    ),
+    Mutant(
+        "duet_mlx/kept_states.py",
+        "padding is written over the next question's states",
+        "self.file.write(state[: self.lengths[row]])",
+        "self.file.write(state)",
+        "tests/unit/test_kept_states.py",
+    ),
     # --- training
     Mutant(
         "duet_mlx/loop.py",
