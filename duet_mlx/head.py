@@ -79,11 +79,13 @@ def _standing_in(
         return logits if bias is None else logits + bias
 
     # The class of the one head is swapped, not the module: parameter names and order stay what they were.
-    head.__class__ = type(original.__name__, (original,), {method: gathered})
+    head.__class__ = standing_in = type(original.__name__, (original,), {method: gathered})
     try:
         yield
     finally:
         head.__class__ = original
+        # A class refers to itself: the arrays of each step would stay until Python looks for such cycles.
+        delattr(standing_in, method)
 
 
 def logits_at(

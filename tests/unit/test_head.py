@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -35,6 +37,22 @@ def test_a_heads_bias_is_gathered_with_its_rows():
     model.lm_head.bias = mx.arange(VOCABULARY).astype(mx.float32)
     head, reason = check_head(model, TOKENS)
     assert head is model.lm_head, reason
+
+
+def test_what_a_pass_gathered_is_given_back_without_waiting_for_pythons_collector():
+    model = llama()
+    head, _ = check_head(model, TOKENS)
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        for _ in range(3):
+            ids = mx.zeros((1, 2, 50_000), dtype=mx.int32)
+            mx.eval(logits_at(model, TOKENS, POSITIONS, ids, head=head))
+        del ids
+        assert mx.get_active_memory() - before < 100_000
+    finally:
+        gc.enable()
 
 
 def test_half_precision_meets_in_float32():
