@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from duet_mlx.context import render
 from duet_mlx.data import Query
-from duet_mlx.dry_run import skeleton
+from duet_mlx.dry_run import skeleton, stored_bytes
 from duet_mlx.estimate import estimate
 from duet_mlx.generate import common_prefix, decode, greedy, stop_ids
 from duet_mlx.head import find_head, head_rows
@@ -191,7 +191,8 @@ def size(bench: Bench) -> Iterator[Row]:
             settings = parse_settings(
                 "train", "Train.", [*flags, "--steps-per-eval", "0", "--adapter-path", f"{folder}/adapters"]
             )
-            said = estimate(settings, skeleton(made), load_tokenizer(made), *read_questions(settings)).peak
+            asked, tokenizer = read_questions(settings), load_tokenizer(made)
+            said = estimate(settings, skeleton(made), tokenizer, *asked, stored_bytes(made)).peak
             _, peak = once(partial(_train, settings))
         yield Row(
             title, f"{said / 1e9:.2f} GB by the dry run", f"{peak / 1e9:.2f} GB measured", said / peak, "0.85 to 1.15"

@@ -37,11 +37,12 @@ def dry_run(settings: TrainSettings) -> None:
     folder = folder_without_weights(settings.model)
     tokenizer = load_tokenizer(folder, {"trust_remote_code": settings.trust_remote_code})
     check_lengths(tokenizer, queries + valid, contexts, settings, window(folder))
+    stored = stored_bytes(folder)
 
     def wanted(settings: TrainSettings) -> Estimate:
         model = skeleton(folder, settings.trust_remote_code)
         check_lora(model, settings.num_layers, settings.lora_parameters["rank"])
-        return estimate(settings, model, tokenizer, queries, valid, contexts)
+        return estimate(settings, model, tokenizer, queries, valid, contexts, stored)
 
     found = wanted(settings)
     forget = sum(query.role == "forget" for query in queries)
@@ -125,6 +126,11 @@ def folder_without_weights(name: str) -> Path:
     if not (path / "config.json").is_file():
         raise ModelError(f"--model {name}: no config.json in it, so not an MLX model folder")
     return path
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a model's files of weights; 0 where they are not there."""
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:

@@ -193,9 +193,13 @@ def frozen_pass(
 
 def estimate(
     settings: TrainSettings, model: nn.Module, tokenizer: Any, queries: list[Query], valid: list[Query],
-    contexts: list[Context],
+    contexts: list[Context], stored: int = 0,
 ) -> Estimate:  # fmt: skip
-    """What the run will take, from shapes alone; the model, which need not have weights, gets LoRA."""
+    """What the run will take, from shapes alone; the model, which need not have weights, gets LoRA.
+
+    Args:
+        stored: bytes of the files of weights; 0 where they are not there yet.
+    """
     method, head = METHODS[settings.method], find_head(model)
     rendered = lru_cache(None)(partial(render, tokenizer))  # the template of a few thousand questions takes seconds
     n = settings.positions if method.labels == "teacher" else settings.answer_tokens
@@ -208,6 +212,9 @@ def estimate(
     working, of_cache, _ = max(read, key=lambda one: one[0] + one[1])
     name = "teacher" if method.labels == "teacher" else "answers"
     phases = [Phase(name, {"weights": weights, "cache": of_cache, "working memory": working})]
+    if 0 < stored < weights:  # dequantized while it is loaded, one array after the other, each by way of a copy
+        largest = max(array.nbytes for _, array in tree_flatten(model.parameters()))
+        phases.insert(0, Phase("loading", {"weights": weights, "as stored": stored, "working memory": largest}))
 
     keys = lora_keys(model, settings.lora_parameters["keys"])
     inside = {name for layer in model.layers for name, _ in layer.named_modules()}

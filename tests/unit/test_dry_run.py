@@ -38,6 +38,7 @@ def data(tmp_path_factory) -> list[str]:
         (["--candidates", "teacher", "--positions", "1"], {**MEDIUM, "num_hidden_layers": 3, "vocab_size": 20000}),
         (["--method", "kl"], {**MEDIUM, "vocab_size": 20000, "tie_word_embeddings": False}),
         (["--method", "npo"], MEDIUM),
+        ([], {**MEDIUM, "bits": 4, "vocab_size": 40000, "tie_word_embeddings": False}),  # most while it is dequantized
     ],
 )
 def test_the_predicted_peak_is_within_15_percent_of_the_measured(flags, config, data, tmp_path):
@@ -47,7 +48,8 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured(flags, config, 
         "train", "Train.", ["--model", str(folder), *data, *RUN, "--adapter-path", str(adapter), *flags]
     )
     queries, valid, contexts = read_questions(settings)
-    found = estimate(settings, dry_run.skeleton(folder), load_tokenizer(folder), queries, valid, contexts)
+    stored = dry_run.stored_bytes(folder)
+    found = estimate(settings, dry_run.skeleton(folder), load_tokenizer(folder), queries, valid, contexts, stored)
     before = mx.get_active_memory()  # other tests' fixtures
     mx.reset_peak_memory()
     train(settings, prepare(settings))
