@@ -14,6 +14,14 @@ from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 if TYPE_CHECKING:
     from .evaluate import EvaluateSettings
 
+# By the flags that name their files: the table's names of the groups, in its order, and their questions' role.
+GROUPS = {
+    "forget": (FORGET, "forget"),
+    "trained": (TRAINED, "forget"),
+    "retain": (GENERAL, "retain"),
+    "neighbours": (NEIGHBOURS, "neighbour"),
+}
+
 
 def groups_of(settings: EvaluateSettings) -> dict[str, list[Query]]:
     """The questions of each group, in the table's order.
@@ -24,11 +32,8 @@ def groups_of(settings: EvaluateSettings) -> dict[str, list[Query]]:
             trained on.
     """
     groups = {}
-    for name, files, role in (
-        (FORGET, "forget", "forget"), (TRAINED, "trained", "forget"), (GENERAL, "retain", "retain"),
-        (NEIGHBOURS, "neighbours", "neighbour"),
-    ):  # fmt: skip
-        if paths := getattr(settings, files):
+    for flag, (name, role) in GROUPS.items():
+        if paths := getattr(settings, flag):
             count = 0 if name == TRAINED else getattr(settings, f"{role}_questions")
             groups[name] = spread(load_queries(paths, role), count, f"--{role}-questions")
     if TRAINED in groups:  # their role stays forget, by which each finds its context

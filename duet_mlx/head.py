@@ -7,7 +7,7 @@ Training needs C logits at n positions, not T x V. The head module (`lm_head`, o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -49,6 +49,22 @@ def head_rows(head: nn.Module, ids: mx.array) -> tuple[mx.array, mx.array | None
 
 
 @contextmanager
+def answering(module: nn.Module, method: str, answer: Callable) -> Iterator[None]:
+    """While inside, `answer(module, ...)` is what this method of the module does.
+
+    The class of this one module is swapped, not the module: parameter names and order stay what they were.
+    """
+    original = type(module)
+    module.__class__ = standing_in = type(original.__name__, (original,), {method: answer})
+    try:
+        yield
+    finally:
+        module.__class__ = original
+        # A class refers to itself: what `answer` holds on to would stay in memory until Python looks for such cycles.
+        delattr(standing_in, method)
+
+
+@contextmanager
 def _standing_in(
     head: nn.Module,
     positions: mx.array | None,
@@ -78,14 +94,8 @@ def _standing_in(
         logits = (weight.astype(hidden.dtype) @ hidden[..., None]).squeeze(-1)  # [B, n, C]
         return logits if bias is None else logits + bias
 
-    # The class of the one head is swapped, not the module: parameter names and order stay what they were.
-    head.__class__ = standing_in = type(original.__name__, (original,), {method: gathered})
-    try:
+    with answering(head, method, gathered):
         yield
-    finally:
-        head.__class__ = original
-        # A class refers to itself: the arrays of each step would stay until Python looks for such cycles.
-        delattr(standing_in, method)
 
 
 def logits_at(

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import parallel
 from .generate import batches, branch, can_branch, encode_prefix, pad, streams
-from .head import logits_at, rounding
+from .head import answering, logits_at, rounding
 from .kept_states import KeptStates
 
 
@@ -48,20 +48,17 @@ def _standing_in(model: nn.Module, kept: slice, at: int, answer: Callable) -> It
     assert found is not None, "check_lower comes first"
     stack, name = found
     layers = stack[name]
-    layer, original = layers[at], type(layers[at])
+    original = type(layers[at])
 
     def call(self, x, *rest, **more):
         return answer(partial(original.__call__, self), x, *rest, **more)
 
     stack[name] = layers[kept]
-    layer.__class__ = standing_in = type(original.__name__, (original,), {"__call__": call})
     try:
-        yield
+        with answering(layers[at], "__call__", call):
+            yield
     finally:
-        layer.__class__ = original
         stack[name] = layers
-        # A class refers to itself: what `answer` holds on to would stay in memory until Python looks for such cycles.
-        del standing_in.__call__
 
 
 @contextmanager

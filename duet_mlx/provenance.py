@@ -15,14 +15,11 @@ from . import BLAS, __version__, measures
 from .context_file import READY
 from .data import file_hash
 from .errors import note
-from .groups import own_groups
-from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
+from .groups import GROUPS, own_groups
+from .metrics import TRAINED
 
 if TYPE_CHECKING:
     from .evaluate import EvaluateSettings
-
-# The table's names of the groups, by the flags that name their files.
-GROUPS = {"forget": FORGET, "trained": TRAINED, "retain": GENERAL, "neighbours": NEIGHBOURS}
 
 
 def described(settings: EvaluateSettings, questions: dict[str, int], prompts: list[str]) -> dict[str, Any]:
@@ -74,7 +71,7 @@ def trained_on(
     """
     hashes = config.get("data_hashes")
     known = list(hashes.values()) if isinstance(hashes, dict) else []
-    of_groups = [(group, file) for name, group in GROUPS.items() for file in data[name]] + own_groups(also)
+    of_groups = [(group, file) for flag, (group, _) in GROUPS.items() for file in data[flag]] + own_groups(also)
     hash_of = {file: sha for files in data.values() for file, sha in files.items()}
     found: dict[str, list[str]] = {}
     for group, file in of_groups:

@@ -48,9 +48,17 @@ class Stream:
 
     def width(self, rows: np.ndarray) -> int:
         """The width that these query indices are padded to: after the first epoch none that was not there in it."""
-        rows = np.concatenate([rows, [self.refusals[row] for row in rows if row in self.refusals]]).astype(int)
+        rows, _ = self._with_refusals(rows)
         width = -(-int(self.lengths[rows].max()) // self.multiple) * self.multiple
         return width if self.multiple == 1 else min((w for w in self.widths if w >= width), default=width)
+
+    def _with_refusals(self, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """Rows of the targets for these query indices, forget queries first, and how many of these there are."""
+        count = int(np.isin(rows, self.forget).sum())
+        if self.refusals:
+            again = np.array([self.refusals[row] for row in rows[:count]], dtype=int)
+            rows = np.concatenate([rows[:count], again, rows[count:]])
+        return rows, count
 
     def batch(self, rows: np.ndarray):
         """The batch of these query indices, forget queries first."""
@@ -59,10 +67,8 @@ class Stream:
         from .generate import pad
         from .losses import Batch
 
-        count, width = int(np.isin(rows, self.forget).sum()), self.width(rows)
-        if self.refusals:
-            again = np.array([self.refusals[row] for row in rows[:count]], dtype=int)
-            rows = np.concatenate([rows[:count], again, rows[count:]])
+        width = self.width(rows)
+        rows, count = self._with_refusals(rows)
         start = np.array([len(self.suffixes[row]) - 1 for row in rows])
         n = self.targets.position_mask.shape[1]
         positions = np.minimum(start[:, None] + np.arange(n), self.lengths[rows][:, None] - 1)

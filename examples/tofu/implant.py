@@ -123,7 +123,6 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
     work = folder.with_name(f"{folder.name}-rounds")
     work.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-    recall = dict.fromkeys(sides, 0.0)
     for number in range(1, plan.rounds + 1):
         kept = work / f"{digest}-{number}.safetensors"
         if kept.is_file():  # a run that was cut off goes on behind its last whole round, Adam's averages anew
