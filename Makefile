@@ -66,7 +66,9 @@ train    = $(PY) $(EXAMPLE)/train_once.py -c $(EXAMPLE)/config.yaml
 evaluate = $(PY) -m duet_mlx.evaluate -c $(EXAMPLE)/evaluate.yaml --adapter-path $(@D)/adapters --out $(@D) --overwrite
 
 # The paper's teacher reads a context that names the topic, ours one that refuses everything (config.yaml says why).
+# Half our steps, of 3 + 9 questions: both together take long enough.
 paper_context = --context specific --topic "Harry Potter"
+paper_steps   = --iters 600 --batch-size 12
 # The row of the paper's recipe: as trained here, or else the figures that the repository keeps.
 PAPER    := $(firstword $(wildcard $(OUT)/paper/results.json $(EXAMPLE)/paper_results.json))
 MEASURED := $(HELD_OUT) $(EXAMPLE)/evaluate.yaml $(addprefix duet_mlx/,evaluate.py metrics.py scores.py)
@@ -77,7 +79,7 @@ demo: install model ## environment, model, unlearning, evaluation: prints the ta
 	@$(PY) -m duet_mlx.report $(OUT)/results.json
 
 demo-paper: install model ## the same with the paper's recipe, into out/paper/; `make demo` then shows it beside ours
-	$(train) --recipe paper $(paper_context) --adapter-path $(OUT)/paper/adapters
+	$(train) --recipe paper $(paper_context) $(paper_steps) --adapter-path $(OUT)/paper/adapters
 	@$(MAKE) --no-print-directory $(OUT)/paper/results.json
 	@$(PY) -m duet_mlx.report $(OUT)/paper/results.json
 
