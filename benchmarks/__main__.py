@@ -62,9 +62,9 @@ def main() -> None:
         model=given.model, positions=4, top_k=100, candidates="teacher", retain_context="teacher", center=False,
         first_share=0.0, batch_size=8,
     )  # fmt: skip
-    growing = (25, 100, 200, *((1_000, 10_000) if given.full else ()))
+    growing = (128, 256, 512, *((1_000, 10_000) if given.full else ()))  # 128 are decoded at once
     bench = Bench(
-        given.model, loaded, tokenizer, queries, settings, context_tokens=500, taught=200, alone=8, asked=64,
+        given.model, loaded, tokenizer, queries, settings, context_tokens=500, taught=200, alone=4, asked=64,
         growing=growing, repeats=3, memory=given.memory * 1e9, shapes=SHAPES,
     )  # fmt: skip
     if given.quick:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from duet_mlx.model import on_gpu
+
 
 class Cost(NamedTuple):
     """What one run of one way costs."""
@@ -42,8 +44,8 @@ def once(run: Callable[[], object]) -> tuple[float, int]:
 
 
 def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, Cost]:
-    """Each way once to warm up (kernels, traces), then `repeats` times, one after the other."""
-    for run in ways.values():
+    """Each way `repeats` times, one after the other; on a GPU once before, for its kernels and traces."""
+    for run in ways.values() if on_gpu() else ():
         mx.eval(run())
     taken: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
     for _ in range(repeats):

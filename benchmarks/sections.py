@@ -30,7 +30,7 @@ from duet_mlx.teacher import Targets, rows_at_once, topk
 from duet_mlx.train import parse_settings, prepare, read_questions, train
 from duet_mlx.train_settings import TrainSettings
 
-from .bench import Bench, long_context, mean
+from .bench import Bench, long_context, mean, random_model
 from .measure import Row, in_turns, once, seconds
 from .plain import generate_in_a_loop
 from .scaling import scaling
@@ -62,7 +62,8 @@ def teacher_pass(bench: Bench) -> Iterator[Row]:
 
         # A first token of its own, and nothing is shared: the same code, the same batches.
         apart = [[row + 1, *prompt] for row, prompt in enumerate(prompts[:alone])]
-        read(prompts[:1])  # a GPU's kernels are loaded at their first use
+        if on_gpu():  # its kernels are loaded at their first use
+            read(prompts[:1])
         spent, peak = once(lambda: read(prompts))  # noqa: B023
         spent_apart, peak_apart = once(lambda: read(apart))  # noqa: B023
         each, each_apart = spent / len(prompts), spent_apart / len(apart)
@@ -130,7 +131,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
     """Greedy answers of 32 tokens: batches that share their prefix against `mlx_lm.generate`, one by one."""
     prompts = [render(bench.tokenizer, query.question) for query in bench.queries[: bench.asked]]
     stop, head = stop_ids(bench.tokenizer), find_head(bench.model)
-    few = prompts[:: max(1, len(prompts) // 8)][:8]
+    few = prompts[:: max(1, len(prompts) // 4)][:4]
     greedy(bench.model, few[:1], 2, stop, head=head)  # a GPU's kernels are loaded at their first use
     generate_in_a_loop(bench.model, bench.tokenizer, few[:1], 2)
     ours, _ = once(lambda: greedy(bench.model, prompts, 32, stop, head=head) and None)
@@ -182,12 +183,9 @@ def size(bench: Bench) -> Iterator[Row]:
             yield Row(title, "", "", None, note=f"no layer fits into {bench.memory / 1e9:.0f} GB (--memory)")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            made = tiny_model(
-                Path(folder) / "model", bits=4, hidden_size=shape.width, intermediate_size=shape.inner,
-                num_attention_heads=shape.heads, num_key_value_heads=shape.heads_of_keys, num_hidden_layers=layers,
-                vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
-            )  # fmt: skip
+            made = random_model(tiny_model(Path(folder) / "model"), shape, layers)
             flags = ["--model", str(made), *tiny_data(Path(folder) / "data"), "--iters", "2", "--batch-size", "4"]
+            flags += ["--positions", "2"]
             settings = parse_settings(
                 "train", "Train.", [*flags, "--steps-per-eval", "0", "--adapter-path", f"{folder}/adapters"]
             )
