@@ -22,7 +22,7 @@ from . import report
 from .benchmark_run import Benchmarks, check_prompts, describe, load_benchmarks, replies_of, rows_and_samples
 from .data import Query, digest, file_hash, spread
 from .errors import ConfigError, ModelError, note, run_cli
-from .files import make_folder
+from .files import make_folder, only_run_in
 from .groups import groups_of, reverse_prompts
 from .metrics import FORGET, TRAINED
 from .provenance import described, trained_on
@@ -79,8 +79,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Ask every model everything; write results.json, samples.jsonl and pictures; return the first.
 
     Raises:
-        ConfigError, DataError, ContextError, ModelError: before anything is asked; ModelError also for a model whose
-            logits are not finite.  TrainingError: no room to write.
+        ConfigError, DataError, ContextError, ModelError: before anything is asked, as where another run writes to
+            --out; ModelError also for a model whose logits are not finite.  TrainingError: no room to write.
         KeyboardInterrupt: with a line that says how to go on.
     """
     _check(settings)
@@ -96,32 +96,35 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, f"--out {settings.out}")
-    meta = described(settings, {name: len(queries) for name, queries in groups.items()}, [text for _, text in prompts])
-    meta["benchmarks"] = describe(benchmarks)
+    with only_run_in(Path(settings.out), "--out"):
+        check_free(settings.out, settings.overwrite)  # a run that held the folder until now has filled it
+        count = {name: len(queries) for name, queries in groups.items()}
+        meta = described(settings, count, [text for _, text in prompts])
+        meta["benchmarks"] = describe(benchmarks)
 
-    try:
-        columns, replies, meta["base_weights"] = _columns(settings, asked, contexts, benchmarks, meta)
-    except KeyboardInterrupt:
-        kept = Path(settings.out) / KEPT
-        raise KeyboardInterrupt(f"answers so far are kept in {kept}; the same command goes on from them") from None
-    scores = {name: score(asked, column, columns[BASE]) for name, column in columns.items()}
-    rows, meta["worst_reverse"] = rows_of(asked, scores, settings.seed)
-    more, benchmark_samples = rows_and_samples(benchmarks, replies, settings.seed)
-    results = {"meta": meta, "rows": [*map(finite, rows + more), *beside]}
-    samples = [
-        {
-            "id": a.query.id,
-            "group": a.group,
-            "question": a.query.question,
-            "model": name,
-            "answer": said,
-            **scored,
-        }
-        for name, column in columns.items()
-        for a, said, scored in zip(asked, column.answers, scores[name], strict=True)
-    ]
-    write(Path(settings.out), results, [*map(finite, samples + benchmark_samples)])
-    return results
+        try:
+            columns, replies, meta["base_weights"] = _columns(settings, asked, contexts, benchmarks, meta)
+        except KeyboardInterrupt:
+            kept = Path(settings.out) / KEPT
+            raise KeyboardInterrupt(f"answers so far are kept in {kept}; the same command goes on from them") from None
+        scores = {name: score(asked, column, columns[BASE]) for name, column in columns.items()}
+        rows, meta["worst_reverse"] = rows_of(asked, scores, settings.seed)
+        more, benchmark_samples = rows_and_samples(benchmarks, replies, settings.seed)
+        results = {"meta": meta, "rows": [*map(finite, rows + more), *beside]}
+        samples = [
+            {
+                "id": a.query.id,
+                "group": a.group,
+                "question": a.query.question,
+                "model": name,
+                "answer": said,
+                **scored,
+            }
+            for name, column in columns.items()
+            for a, said, scored in zip(asked, column.answers, scores[name], strict=True)
+        ]
+        write(Path(settings.out), results, [*map(finite, samples + benchmark_samples)])
+        return results
 
 
 # --- what is asked ------------------------------------------------------------------------------------------

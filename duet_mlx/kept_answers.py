@@ -1,8 +1,8 @@
 """Answers kept on the disk: a model that was asked once is not asked again, and an evaluation cut off goes on.
 
 One file a column, in `answers/` under --out. Its first line says what the answers hang on; each further line is what
-came of one unit, a fixed part of the questions. Units are computed as if alone, so that it makes no difference to the
-last bit which of them were read from the file.
+came of one unit, a fixed part of the questions, with a mark by which a line in the wrong place is known. Units are
+computed as if alone, so that it makes no difference to the last bit which of them were read from the file.
 """
 
 from __future__ import annotations
@@ -39,21 +39,26 @@ class KeptAnswers:
         saved = file.read_bytes() if file.is_file() else b""
         lines = saved.splitlines()
         reason = _why_not(lines[0], json.loads(header)) if lines else ""
-        self.units = [] if reason else _units(lines[1:], sizes)
+        self._header = header
+        self.units = [] if reason else _units(lines[1:], header, sizes)
         done, total = sum(sizes[: len(self.units)]), sum(sizes)
         if reason:
             note(f"{column}: answered anew, not from {file}: {reason}")
         elif done:
             rest = f"; {total - done} of {total} are still to be answered" if done < total else ""
             note(f"{column}: answers reused from {file}{rest}")
-        text = "".join(line + "\n" for line in (header, *map(_line, self.units)))
+        text = "".join(line + "\n" for line in (header, *(self._line(n) for n in range(len(self.units)))))
         if text.encode() != saved:  # new, or with a line that was cut off
             write_text(file, text)
 
     def add(self, unit: Unit) -> None:
         """Keep the next unit."""
         self.units.append(unit)
-        append_text(self.file, _line(unit) + "\n")
+        append_text(self.file, self._line(len(self.units) - 1) + "\n")
+
+    def _line(self, number: int) -> str:
+        line = {"mark": _mark(self._header, number), **self.units[number]._asdict()}
+        return json.dumps(line, allow_nan=False)  # Python writes a float so that the same one is read back
 
 
 def code_hash() -> str:
@@ -63,8 +68,9 @@ def code_hash() -> str:
     )
 
 
-def _line(unit: Unit) -> str:
-    return json.dumps(unit._asdict(), allow_nan=False)  # Python writes a float so that the same one is read back
+def _mark(header: str, number: int) -> str:
+    """What tells a unit's line from that of any other unit, and from that of other questions or another model."""
+    return digest([header, number])
 
 
 def _why_not(line: bytes, hangs_on: dict[str, Any]) -> str:
@@ -77,17 +83,19 @@ def _why_not(line: bytes, hangs_on: dict[str, Any]) -> str:
     return f"{', '.join(changed)} changed since" if changed else ""
 
 
-def _units(lines: list[bytes], sizes: list[int]) -> list[Unit]:
-    """The units of these lines, up to the first line that is none: cut off or damaged."""
+def _units(lines: list[bytes], header: str, sizes: list[int]) -> list[Unit]:
+    """The units of these lines, up to the first line that is not its unit's: cut off, damaged or in a wrong place."""
     units = []
-    for line, size in zip(lines, sizes, strict=False):
+    for number, (line, size) in enumerate(zip(lines, sizes, strict=False)):
         try:
-            unit = Unit(**json.loads(line))
+            record = json.loads(line)
+            marked = record.pop("mark") == _mark(header, number)
+            unit = Unit(**record)
             tokens = [token for ids in unit.ids for token in ids]
-            sound = all(len(part) == size for part in unit) and all(type(token) is int for token in tokens)
+            sound = marked and all(len(part) == size for part in unit) and all(type(token) is int for token in tokens)
             numbers = [*unit.probabilities, *unit.surprises]
             sound &= all(x is None or (type(x) is float and math.isfinite(x)) for x in numbers)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, LookupError, AttributeError):
             sound = False
         if not sound:
             break

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from duet_mlx import evaluate as ev
+from duet_mlx.files import only_run_in
 from tests.small_disk import small_disk
 from tests.tiny_model import contents, tiny_model
 
@@ -145,6 +147,23 @@ def test_an_adapter_path_that_is_a_file(refused, quick, tmp_path):
 def test_results_are_not_replaced_unasked(refused, model, data, tmp_path):
     (tmp_path / "results.json").write_text("{}")
     refused("evaluate", "--model", model, *data, "--out", tmp_path, says=("--out", "results.json", "--overwrite"))
+
+
+def test_a_second_evaluation_into_a_folder_is_refused_as_long_as_the_first_goes_on(refused, model, data, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for flags in ([], ["--overwrite"]):
+        with only_run_in(folder):
+            says = (f"--out {folder}", "another run is writing there")
+            refused("evaluate", "--model", model, *data, *flags, "--out", folder, says=says)
+        assert contents(folder) == {}
+
+
+def test_results_that_came_while_the_questions_were_read_are_not_replaced(refused, model, data, tmp_path, monkeypatch):
+    load = ev.load_benchmarks
+    monkeypatch.setattr(ev, "load_benchmarks", lambda *a: (tmp_path / "results.json").write_text("{}") and load(*a))
+    refused("evaluate", "--model", model, *data, "--out", tmp_path, says=("--out", "results.json", "--overwrite"))
+    assert contents(tmp_path) == {"results.json": b"{}"}
 
 
 # --- the machine -------------------------------------------------------------------------------------------------

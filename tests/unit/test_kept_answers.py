@@ -74,10 +74,33 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_what_stands_behind_a_damaged_line_is_not_reused(case, file):
-    header, _, second = file.read_text().splitlines()
-    file.write_text("\n".join([header, DAMAGE[case], second]) + "\n")
+    header, first, second = file.read_text().splitlines()
+    marked = f'{{"mark": "{json.loads(first)["mark"]}", '  # or the damage would not be what it is refused for
+    damaged = DAMAGE[case].replace("{", marked, 1) if DAMAGE[case].startswith('{"') else DAMAGE[case]
+    file.write_text("\n".join([header, damaged, second]) + "\n")
     assert KeptAnswers(file, "base", HANGS_ON, SIZES).units == []
     assert file.read_text() == header + "\n"
+
+
+def test_a_line_in_the_wrong_place_is_answered_again_though_it_fits_by_its_size(tmp_path):
+    """Two evaluations that wrote into one file, as they could before --out was locked: A's lines among B's."""
+    file = tmp_path / "base.jsonl"
+    first = KeptAnswers(file, "base", HANGS_ON, [1, 1])
+    second = KeptAnswers(file, "base", HANGS_ON, [1, 1])
+    units = [Unit([[1]], [0.5], [0.5]), Unit([[2]], [0.25], [0.25])]
+    for kept in (first, second):
+        kept.add(units[0])
+    assert KeptAnswers(file, "base", HANGS_ON, [1, 1]).units == units[:1]
+    KeptAnswers(file, "base", {**HANGS_ON, "model": "abd"}, [1, 1])
+    second.add(units[1])
+    assert KeptAnswers(file, "base", {**HANGS_ON, "model": "abd"}, [1, 1]).units == []
+
+
+def test_lines_of_an_earlier_program_have_no_mark_and_are_not_reused(file):
+    header, *lines = file.read_text().splitlines()
+    bare = [json.dumps({key: part for key, part in json.loads(line).items() if key != "mark"}) for line in lines]
+    file.write_text("\n".join([header, *bare]) + "\n")
+    assert KeptAnswers(file, "base", HANGS_ON, SIZES).units == []
 
 
 @pytest.mark.parametrize("first", [b"", b"{", b"[]", b"\xff\xfe"])
