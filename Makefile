@@ -32,11 +32,13 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(PY)
+	@echo "installing mlx, mlx-lm and what they need into $(VENV): some minutes ..."
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '$(PACKAGE)'
 	@touch $@
 
 # Dependency groups came with pip 25.1. One resolution for package and tools: this counts as .installed too.
 $(VENV)/.dev: pyproject.toml | $(PY)
+	@echo "installing mlx, mlx-lm, pytest and what they need into $(VENV): some minutes ..."
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(PY) -m pip install --quiet -e '$(PACKAGE)' --group dev
 	@touch $(VENV)/.installed $@
@@ -88,7 +90,7 @@ $(OUT)/results.json: $(OUT)/adapters/adapters.safetensors $(MEASURED) $(PAPER)
 $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED)
 	$(evaluate) $(paper_context) > /dev/null
 
-tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable, about 90 minutes)
+tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable, an hour or two on a CPU)
 	$(PY) examples/tofu/implant.py
 
 bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in under 10 minutes

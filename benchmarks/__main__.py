@@ -2,7 +2,7 @@
 
     python -m benchmarks                       # the demo's model: `make bench`
     python -m benchmarks --only step teacher   # some of it
-    python -m benchmarks --quick --model M     # a minute on a tiny model: whether it runs, not how fast
+    python -m benchmarks --quick               # few queries and steps: whether it runs, not how fast
 
 benchmarks/README.md says what each line means and holds the table as measured.
 """

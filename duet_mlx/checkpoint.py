@@ -65,7 +65,7 @@ class Checkpoint:
         self.start = start.step
         self.saved = start.step if same_folder else None
         # --overwrite allows the loss of another run's numbered copies, once there is something in their place.
-        self.stale = [] if same_folder else sorted(path.glob("[0-9]*_adapters.safetensors"))
+        self.stale = [] if same_folder else sorted(path.glob(f"{'[0-9]' * 7}_adapters.safetensors"))
 
     def updated(self, step: int) -> None:
         """Note the state after an update, which step `step` has completed."""
@@ -102,9 +102,10 @@ class Checkpoint:
             print(f"overwritten: {', '.join(old.name for old in stale)} of the run before, removed from {self.path}")
 
     def go_back(self, to: State) -> None:
-        """Save `to`, the last good state, in place of what came after it."""
+        """Save `to`, the last good state, in place of what came after it; one without a step in no other's place."""
         self.now = self.before = to
-        self.save()
+        if self.saved is not None or to.step > self.start or not (self.path / "adapters.safetensors").exists():
+            self.save()
 
     def save_reached(self) -> str:
         """Save the last state that is finite, if it is not on the disk; what to tell a person of it."""

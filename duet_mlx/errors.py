@@ -70,6 +70,13 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
         sys.exit(1)
     except DuetError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in ("mlx", "mlx_lm"):
+            raise
+        _fail(
+            f"{error.name} is not installed for {sys.executable}: activate the environment that has it (after `make "
+            "install`: source .venv/bin/activate), or install duet-mlx into this one (README.md, Install)"
+        )
     except OSError as error:  # no room, no permission, …: the operating system's own words name the file
         _fail(str(error))
     except KeyboardInterrupt as stop:  # its text, if any, says what was saved and how to go on

@@ -80,18 +80,15 @@ def folder_for_adapter(settings: TrainSettings) -> Path:
     resumed = settings.resume_adapter_file and Path(settings.resume_adapter_file).resolve().parent == path.resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--adapter-path {path}: is a file, expected a folder")
-    foreign = (
-        []
-        if not path.is_dir()
-        else sorted(
-            entry.name
-            for entry in path.iterdir()  # names with a dot in front: what Finder leaves, or a write that was cut off
-            if not entry.name.endswith("targets.safetensors") and not entry.name.startswith(".")
-        )
-    )
+    # Names with a dot in front: what Finder leaves, or a write that was cut off.
+    names = sorted(entry.name for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
+    foreign = [name for name in names if not name.endswith("targets.safetensors")]
+    if foreign == ["train_log.jsonl"]:  # of a run that was stopped before its first save
+        foreign = []
     if foreign and not settings.overwrite and not resumed:
         adapter = path / "adapters.safetensors"
-        resume = f", or go on from it with --resume-adapter-file {adapter}" if adapter.is_file() else ""
+        ours = adapter.is_file() and adapter.with_name("optimizer.safetensors").is_file()
+        resume = f", or go on from it with --resume-adapter-file {adapter}" if ours else ""
         raise ConfigError(
             f"--adapter-path {path}: not empty (holds {foreign[0]}); choose another folder, pass --overwrite to "
             f"write into it{resume}"

@@ -165,9 +165,10 @@ def run_steps(
 
 
 def _not_finite(it: int, what: str, checkpoint: Checkpoint) -> DivergedError:
+    kept = "earlier adapter" if checkpoint.saved is None else f"adapter of step {checkpoint.saved}"
     return DivergedError(
-        f"step {it}: {what}: not finite. The adapter of step {checkpoint.saved} is kept in {checkpoint.path}; lower "
-        "--learning-rate or set --max-grad-norm"
+        f"step {it}: {what}: not finite. The {kept} is kept in {checkpoint.path}; lower --learning-rate or set "
+        "--max-grad-norm"
     )
 
 

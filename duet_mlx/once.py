@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from .dry_run import dry_run
 from .errors import ConfigError
 from .resume import load_state
 from .train import TrainSettings, prepare, train
@@ -37,7 +38,13 @@ def essence(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename an adapter folder, and leave the teacher's targets to the next run, which checks them itself."""
+    """Rename an adapter folder, and leave the teacher's targets to the next run, which checks them itself.
+
+    Raises:
+        ConfigError: it is where the program was started, and others may stand there too.
+    """
+    if not folder.name or folder.resolve() == Path.cwd():
+        raise ConfigError(f"--adapter-path {folder}: another adapter is there; name a folder that can be renamed")
     stamp = f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (folder.with_name(stamp if n == 1 else f"{stamp}-{n}") for n in count(1))  # two may fall into one second
     aside = next(name for name in names if not name.exists())
@@ -48,31 +55,36 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def going_on(settings: TrainSettings, folder: Path) -> TrainSettings:
-    """The settings that go on with the adapter of a folder; if it cannot be gone on with, it is set aside."""
-    file = str(folder / "adapters.safetensors")
+def steps_done(folder: Path) -> int:
+    """Steps of the adapter in a folder, a save that was cut off completed; 0 if it is damaged, and set aside."""
     try:
-        load_state(file)
+        return load_state(str(folder / "adapters.safetensors"))[0].step
     except ConfigError as error:
         print(f"{error}: the earlier adapter is kept in {set_aside(folder)}")
-        return settings
-    return replace(settings, resume_adapter_file=file)
+        return 0
 
 
 def train_once(settings: TrainSettings) -> None:
-    """Keep, resume, or set aside and train."""
+    """Keep, resume, or set aside and train.
+
+    Raises:
+        DuetError: as `prepare` and `train`; a folder that holds other things than an adapter is refused as there.
+    """
+    if settings.dry_run:
+        return dry_run(settings)
     folder = Path(settings.adapter_path)
-    # `overwrite` here only lets prepare() into the folder; it writes the targets and nothing of an adapter.
-    prepared = prepare(replace(settings, overwrite=True))
     saved = saved_config(folder)
+    # `overwrite` here only lets prepare() into an adapter's folder; it writes the targets and nothing of an adapter.
+    prepared = prepare(settings if saved is None else replace(settings, overwrite=True))
     if saved is not None:
+        before = saved.get("settings")
         # A setting that is newer than the adapter had its default's effect.
-        same = essence({**asdict(TrainSettings()), **saved.get("settings", {})}) == essence(asdict(settings))
-        if not same or saved.get("targets") != prepared.manifest:
+        before = {**asdict(TrainSettings()), **(before if isinstance(before, dict) else {})}
+        if essence(before) != essence(asdict(settings)) or saved.get("targets") != prepared.manifest:
             print(f"settings or questions have changed: the earlier adapter is kept in {set_aside(folder)}")
-        elif saved["step"] >= settings.iters:
+        elif (step := steps_done(folder)) >= settings.iters:
             print(f"adapter: {folder} is complete and of these settings and questions; nothing to train")
             return
-        else:
-            settings = going_on(settings, folder)
+        elif step:
+            settings = replace(settings, resume_adapter_file=str(folder / "adapters.safetensors"))
     train(settings, prepared)

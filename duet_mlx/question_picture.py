@@ -105,7 +105,7 @@ def _all(axis: Any, pairs: Sequence[Pair], what: str) -> None:
         f"as much on {equal}, less on {len(pairs) - more - equal}",
     )
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(loc="upper left", fontsize=9, framealpha=0.9)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=9)  # no point lies under it
     axis.grid(axis="y", color="0.9")
     axis.set_axisbelow(True)
 

@@ -52,7 +52,12 @@ def load_state(file: str) -> tuple[State, dict[str, Any]]:
         optimizer, meta = mx.load(str(beside), return_metadata=True)
         mx.eval(optimizer)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{flag}: cannot be read ({error})") from error
+        alone = (
+            ""
+            if beside.is_file()
+            else f"; only with the {beside.name} that duet_mlx.train saves beside it can one go on"
+        )
+        raise ConfigError(f"{flag}: cannot be read ({error}){alone}") from error
     try:
         step, random, adapter = int(meta["step"]), optimizer.pop("random_state"), meta["adapter"]
     except (KeyError, ValueError) as error:
@@ -148,7 +153,7 @@ def check_fits(file: str, state: State, model) -> None:
 def cut_log(log: Path, step: int) -> str:
     """The rows of a log up to a step; those after it were of steps that a kill has lost, and come again."""
     kept = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

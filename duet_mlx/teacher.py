@@ -256,9 +256,14 @@ def main() -> None:
     settings = replace(parse_settings("python -m duet_mlx.teacher", __doc__ or ""), resume_adapter_file=None)
     if METHODS[settings.method].labels != "teacher":
         raise ConfigError(f"--method {settings.method} has no teacher: it is trained on answers")
+    if settings.dry_run:
+        from .dry_run import dry_run
+
+        return dry_run(settings)
     # The targets beside an adapter are those that it was trained on: they are looked at, never replaced.
     prepared = prepare(settings, keep=not (Path(settings.adapter_path) / "adapters.safetensors").exists())
     from .generate import greedy, stop_ids
+    from .metrics import is_refusal
 
     tokenizer, stop = prepared.tokenizer, stop_ids(prepared.tokenizer)
     shown = [
@@ -272,6 +277,12 @@ def main() -> None:
         columns.append([tokenizer.decode(a) for a in greedy(prepared.model, prompts, 32, stop, head=prepared.head)])
     for query, teacher, base in zip(shown, *columns, strict=True):
         print(f"\n[{query.role}] {query.question}\n   teacher: {teacher.strip()!r}\n   base:    {base.strip()!r}")
+    forget = [is_refusal(teacher) for query, teacher in zip(shown, columns[0], strict=True) if query.role == "forget"]
+    print(
+        f"\n{len(shown)} of {len(prepared.queries)} questions are shown. The teacher refuses {sum(forget)} of the "
+        f"{len(forget)} forget questions here, and the student can become no better: if that is too few, change the "
+        "context (below a billion parameters: --context refuse-all)."
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ The teacher (teacher.py) was read before this starts; a step is a LoRA fine-tune
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -173,6 +174,12 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
         TrainingError: no room to write, or nobody reads the output.
         KeyboardInterrupt: after saving, with a line that says how to go on.
     """
+    with only_run_in(folder_for_adapter(settings)):  # looked at again: another run may have filled it since `prepare`
+        return _train(settings, prepared)
+
+
+def _train(settings: TrainSettings, prepared: Prepared) -> Path:
+    """`train`, while no other run writes into the folder."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -218,7 +225,7 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
     # compiler for seconds and gain nothing on matrix products.
     step = make_step(model, optimizer, loss, settings, compiled=on_gpu())
     same_folder = resumed is not None and Path(resumed).resolve().parent == path.resolve()
-    with only_run_in(path), checkpointed(model, settings.grad_checkpoint), interrupts_noted() as interrupted:
+    with checkpointed(model, settings.grad_checkpoint), interrupts_noted() as interrupted:
         write_text(path / "train_log.jsonl", cut_log(path / "train_log.jsonl", state.step) if same_folder else "")
         checkpoint = Checkpoint(path, config, model, optimizer, state, same_folder)
         try:
@@ -250,12 +257,17 @@ def main() -> None:
 
     with as_rank(settings) as settings:
         try:
-            path = train(settings, prepare(settings))
+            prepared = prepare(settings)
+            path = train(settings, prepared)
         except BrokenPipeError as error:  # before the first step: from there on `train` saves and says so
             raise TrainingError(
                 "nobody reads the output any more (a closed pipe): stopped before the first step, nothing is trained"
             ) from error
-        print(f"adapter: {path} (for mlx_lm.generate --adapter-path, mlx_lm.server, mlx_lm.fuse --dequantize)")
+        # mlx-lm does not read a .gguf: there it takes the folder that was made of it.
+        model = prepared.folder if settings.model.endswith(".gguf") else settings.model
+        prompt = shlex.quote(prepared.queries[0].question)
+        print(f"adapter: {path}, for mlx-lm's generate, server and fuse --dequantize. To try it:")
+        print(f"  mlx_lm.generate --model {model} --adapter-path {path} --prompt {prompt}")
 
 
 if __name__ == "__main__":

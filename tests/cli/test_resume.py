@@ -209,6 +209,13 @@ def test_an_update_that_spoils_the_weights_is_never_saved(refused, quick, tmp_pa
     assert all((mx.abs(a) < 1).all().item() for a in mx.load(str(saved[0])).values())
 
 
+def test_one_that_spoils_it_at_once_does_not_cost_the_earlier_adapter(refused, quick, trained):
+    before = (trained / ADAPTER).read_bytes()
+    flags = ["--overwrite", "--learning-rate", "1e30", "--iters", 4]
+    refused("train", *quick, *flags, says=("not finite", "earlier adapter is kept"))
+    assert (trained / ADAPTER).read_bytes() == before
+
+
 # --- one run, one folder -----------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from duet_mlx.errors import ConfigError
 from duet_mlx.once import train_once
 from duet_mlx.train import parse_settings
-from tests.tiny_model import tiny_data, tiny_model
+from tests.tiny_model import contents, tiny_data, tiny_model
 
 QUICK = ["--iters", "4", "--batch-size", "4", "--top-k", "5", "--positions", "2", "--steps-per-eval", "0",
          "--save-every", "2"]  # fmt: skip
@@ -83,3 +84,66 @@ def test_two_that_are_set_aside_in_one_second_have_two_names(there, monkeypatch)
     train_once(replace(settings, iters=6))
     train_once(replace(settings, iters=5))
     assert sorted(path.name for path in folder.parent.glob("run-until-*")) == ["run-until-now", "run-until-now-2"]
+
+
+def test_a_last_save_that_was_cut_off_is_completed_before_it_counts(there, capsys):
+    settings, folder = there
+    whole = adapter(folder)
+    (folder / "adapters.safetensors").rename(folder / ".partial.adapters.safetensors")
+    shutil.copy(folder / "0000002_adapters.safetensors", folder / "adapters.safetensors")
+    assert adapter(folder) != whole
+    train_once(settings)
+    assert adapter(folder) == whole and "nothing to train" in capsys.readouterr().out
+
+
+def test_a_damaged_one_is_set_aside_and_trained_again(there):
+    settings, folder = there
+    whole = adapter(folder)
+    (folder / "adapters.safetensors").write_bytes(whole[:1000])
+    train_once(settings)
+    [aside] = folder.parent.glob("run-until-*")
+    assert adapter(folder) == whole and adapter(aside) == whole[:1000]
+
+
+@pytest.mark.parametrize("odd", [{"settings": None}, {"settings": []}, {"step": None}])
+def test_a_config_with_odd_entries_costs_no_traceback(there, odd):
+    settings, folder = there
+    before = adapter(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **odd}))
+    train_once(settings)
+    assert adapter(folder) == before  # the same settings: trained again, or kept
+
+
+def test_a_dry_run_leaves_everything_as_it_is(there, capsys):
+    settings, folder = there
+    before = contents(folder.parent)
+    train_once(replace(settings, iters=6, dry_run=True))
+    assert contents(folder.parent) == before and "steps" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_things_is_refused(there):
+    settings, folder = there
+    (folder / "adapters.safetensors").unlink()
+    before = contents(folder)
+    with pytest.raises(ConfigError, match="not empty"):
+        train_once(settings)
+    assert contents(folder) == before
+
+
+def test_where_the_program_was_started_nothing_is_set_aside(there, monkeypatch):
+    settings, folder = there
+    monkeypatch.chdir(folder)
+    before = adapter(folder)
+    with pytest.raises(ConfigError, match="can be renamed"):
+        train_once(replace(settings, iters=6, adapter_path="."))
+    assert adapter(folder) == before
+
+
+def test_a_run_that_was_stopped_before_its_first_save_starts_again(there):
+    settings, folder = there
+    for file in folder.iterdir():
+        if file.name != "train_log.jsonl":
+            file.unlink()
+    train_once(settings)
+    assert (folder / "adapters.safetensors").is_file()
