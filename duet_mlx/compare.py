@@ -209,8 +209,7 @@ def gather(
         "failed": failed,
     }
     out = Path(settings.out)
-    for kind in ("png", "svg"):
-        picture(results, out / f"results.{kind}")
+    picture(results, *(out / f"results.{kind}" for kind in ("png", "svg")))
     write_text(out / "table.md", table + "\n")
     write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results

@@ -57,8 +57,8 @@ SHORT = {
 FILLS = ("black", "white", "0.6")
 
 
-def picture(results: dict[str, Any], path: str | Path) -> None:
-    """Write the picture as PNG or SVG, by the path's suffix, whole or not at all.
+def picture(results: dict[str, Any], *paths: str | Path) -> None:
+    """Draw the picture once, and write it to each path as PNG or SVG, by its suffix, whole or not at all.
 
     Raises:
         TrainingError: no room, or no permission.
@@ -79,26 +79,26 @@ def picture(results: dict[str, Any], path: str | Path) -> None:
         _scatter(axes[0, 0], rows, models, gone, stays)
     _bars(axes[0, -1], rows, models, shown)
     figure.tight_layout()
-    save(figure, path)
+    save(figure, *paths)
 
 
-def save(figure: Any, path: str | Path) -> None:
-    """Write a figure as PNG or SVG, by the path's suffix, whole or not at all, and close it.
+def save(figure: Any, *paths: str | Path) -> None:
+    """Write a figure to each path as PNG or SVG, by its suffix, whole or not at all, and close it.
 
     Raises:
         TrainingError: no room, or no permission.
     """
     from matplotlib import pyplot as plt
 
-    path = Path(path)
-    kind = path.suffix.removeprefix(".")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        # No software version, date or random name inside: the same figures give the same bytes.
-        with plt.rc_context({"svg.hashsalt": "duet_mlx"}):
+        for path in map(Path, paths):
+            partial = path.with_name(f".{path.name}.partial")
+            kind = path.suffix.removeprefix(".")
+            # No software version, date or random name inside: the same figures give the same bytes.
             nothing = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
-            figure.savefig(partial, format=kind, dpi=120, metadata=nothing)
-        os.replace(partial, path)
+            with plt.rc_context({"svg.hashsalt": "duet_mlx"}):
+                figure.savefig(partial, format=kind, dpi=120, metadata=nothing)
+            os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise TrainingError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -124,12 +124,12 @@ def _benchmark_bars(rows: Iterable[tuple[str, str, str]]) -> list[Key]:
     return [(group, metric) for group in groups if "reverse" not in group for metric in BENCHMARK_BARS]
 
 
-def _share(row: Row) -> tuple[float, tuple[list[float], list[float]]]:
+def _share(row: Row) -> tuple[float, float, float]:
     """A row's value as a share, and the lengths of its error bar below and above."""
     low, high = row.get("ci") or (row["value"], row["value"])
     unit = 100 if row["metric"] in POINTS else 1
     value = row["value"]
-    return value / unit, ([max(0.0, value - low) / unit], [max(0.0, high - value) / unit])
+    return value / unit, max(0.0, value - low) / unit, max(0.0, high - value) / unit
 
 
 def legend_name(model: str) -> str:
@@ -144,13 +144,13 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], gone_key: Key, stays
             gone, stays = rows.get((model, *gone_key)), rows.get((model, *key))
             if not gone or not stays or gone["value"] is None or stays["value"] is None:
                 continue
-            (recall, (below, above)), (y, y_error) = _share(gone), _share(stays)
+            (recall, below, above), (y, *y_error) = _share(gone), _share(stays)
             points[model] = 1 - recall, y
             axis.errorbar(
                 1 - recall,
                 y,
-                xerr=(above, below),  # forgetting is one less recall: the interval turns around
-                yerr=y_error,
+                xerr=[[above], [below]],  # forgetting is one less recall: the interval turns around
+                yerr=[[length] for length in y_error],
                 fmt=marker,
                 markersize=10,
                 color="black",
@@ -195,31 +195,30 @@ def short_name(metric: str) -> str:
 
 def _bars(axis: Any, rows: Cells, models: Sequence[str], shown: Sequence[Key]) -> None:
     height = 0.8 / len(models)
-    labelled: set[str] = set()
     for number, model in enumerate(models):
-        for place, (group, metric) in enumerate(shown):
-            row = rows.get((model, group, metric))
-            if row is None or row["value"] is None:
-                continue
-            y = place + (number - (len(models) - 1) / 2) * height
-            value, error = _share(row)
-            axis.barh(
-                y,
-                value,
-                height * 0.92,
-                xerr=error,
-                color=GREYS[number % len(GREYS)],
-                hatch=HATCHES[number % len(HATCHES)],
-                edgecolor="black",
-                linewidth=0.6,
-                error_kw={"ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5},
-                label=None if model in labelled else legend_name(model),
-            )
-            labelled.add(model)
+        found = [(place, rows.get((model, *key))) for place, key in enumerate(shown)]
+        bars = [(place, *_share(row)) for place, row in found if row and row["value"] is not None]
+        if not bars:
+            continue
+        places, values, below, above = zip(*bars, strict=True)
+        middles = [place + (number - (len(models) - 1) / 2) * height for place in places]
+        axis.barh(
+            middles,
+            values,
+            height * 0.92,
+            xerr=[below, above],
+            color=GREYS[number % len(GREYS)],
+            hatch=HATCHES[number % len(HATCHES)],
+            edgecolor="black",
+            linewidth=0.6,
+            error_kw={"ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5},
+            label=legend_name(model),
+        )
+        for y, value, end in zip(middles, values, above, strict=True):
             # The figure too: a bar of length 0 and one that is missing look alike.
             axis.annotate(
                 f"{value:.2f}",
-                (value + error[1][0], y),
+                (value + end, y),
                 xytext=(3, 0),
                 textcoords="offset points",
                 va="center",
@@ -232,6 +231,6 @@ def _bars(axis: Any, rows: Cells, models: Sequence[str], shown: Sequence[Key]) -
     axis.set(xlim=(0, 1.08), title="Measures  (↓ lower is better, ↑ higher is better)")
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
-    if labelled:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.05), "ncols": len(models)}
-        axis.legend(fontsize=8, frameon=False, **below)
+    if axis.containers:
+        below_it = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.05), "ncols": len(models)}
+        axis.legend(fontsize=8, frameon=False, **below_it)

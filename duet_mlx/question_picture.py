@@ -52,8 +52,8 @@ def pairs_of(samples: Sequence[dict[str, Any]]) -> tuple[str, list[Pair]]:
     return "", []
 
 
-def question_picture(samples: Sequence[dict[str, Any]], path: str | Path) -> bool:
-    """Write the picture as PNG or SVG, by the path's suffix, whole or not at all; False where there is nothing to show.
+def question_picture(samples: Sequence[dict[str, Any]], *paths: str | Path) -> bool:
+    """As `picture`: drawn once, written to each path; False where there is nothing to show.
 
     Raises:
         TrainingError: no room, or no permission.
@@ -82,7 +82,7 @@ def question_picture(samples: Sequence[dict[str, Any]], path: str | Path) -> boo
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a question in a script that the font lacks
         figure.tight_layout()
-        save(figure, path)
+        save(figure, *paths)
     return True
 
 

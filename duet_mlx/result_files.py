@@ -64,7 +64,5 @@ def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> 
         for partial in partials.values():
             partial.unlink(missing_ok=True)
         raise TrainingError(f"{out / name}: cannot be written ({error.strerror}); the answers are kept") from error
-    for name in PICTURES:
-        picture(results, out / name)
-    for name in QUESTIONS:
-        question_picture(samples, out / name)
+    picture(results, *(out / name for name in PICTURES))
+    question_picture(samples, *(out / name for name in QUESTIONS))
