@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from mlx_lm.utils import dequantize_model
 
 from duet_mlx.context import Context, render
 from duet_mlx.data import Query
-from duet_mlx.model import adapter_parameters, add_lora, lora_keys
+from duet_mlx.model import adapter_parameters, add_lora
 from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets
 from duet_mlx.train import TrainSettings
@@ -25,6 +26,7 @@ from tests.equivalence.tiny import VOCABULARY, tokenizer
 
 TOKENIZER = tokenizer()
 STEPS = 20
+MATRICES = [*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down"))]
 
 
 class Tiny(NamedTuple):
@@ -87,8 +89,8 @@ class Tiny(NamedTuple):
 
 
 @st.composite
-def tiny_models(draw: Any) -> Tiny:
-    """2 or 3 layers, D from 32 to 128, whatever a family leaves open. Constants but Gemma's are exact in float32.
+def tiny_models(draw: Any, layers: Sequence[int]) -> Tiny:
+    """So many layers, D from 32 to 128, whatever a family leaves open. Constants but Gemma's are exact in float32.
 
     Most are the smallest: a run of 20 steps of these costs a third, and so more runs are tried.
     """
@@ -98,7 +100,7 @@ def tiny_models(draw: Any) -> Tiny:
     kv_heads = draw(st.sampled_from([h for h in (1, 2, 4) if h <= heads]))
     base = draw(st.sampled_from([100.0, 10000.0]))
     arguments: dict[str, Any] = dict(
-        model_type=family, hidden_size=width, num_hidden_layers=draw(st.sampled_from([2, 2, 2, 3])),
+        model_type=family, hidden_size=width, num_hidden_layers=draw(st.sampled_from(layers)),
         intermediate_size=max(64, width),
         num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-5, vocab_size=VOCABULARY,
         tie_word_embeddings=draw(st.booleans()), max_position_embeddings=256, rope_theta=base,
@@ -137,23 +139,20 @@ class Run(NamedTuple):
     packed: bool  # whether MLX computes with the packed weights, as on a GPU; float64 cannot
 
     def student(self) -> transformer.Model:
-        """The reference's, with drawn adapters on each linear layer of the last `num_layers`; B is 0 or not."""
+        """The reference's, with drawn adapters on the `keys` of the last `num_layers`; B is 0 or not."""
         model, options = self.tiny.reference(), self.settings.lora_parameters
         layers, rng = self.tiny.arguments["num_hidden_layers"], np.random.default_rng(self.tiny.seed)
         first = 0 if self.settings.num_layers == -1 else layers - self.settings.num_layers
         adapters = {}
-        for name, weight in model.weights.items():
-            if name.endswith("_proj.weight") and int(name.split(".")[2]) >= first:
-                d_out, d_in = weight.shape
-                one = lora.init(rng, d_in, d_out, options["rank"], options["scale"])
-                b = self.tiny.seed % 2 * 0.1 * rng.normal(size=one.b.shape)
-                adapters[name.removesuffix(".weight")] = one._replace(b=b)
+        for name in (f"model.layers.{layer}.{key}" for layer in range(first, layers) for key in options["keys"]):
+            d_out, d_in = model.weights[f"{name}.weight"].shape
+            one = lora.init(rng, d_in, d_out, options["rank"], options["scale"])
+            adapters[name] = one._replace(b=self.tiny.seed % 2 * 0.1 * rng.normal(size=one.b.shape))
         return model._replace(adapters=adapters)
 
     def put_lora(self, model: nn.Module, student: transformer.Model, dtype: Any, put: Any = add_lora) -> None:
         """LoRA of the backend (by `put`) with the numbers of the reference's student, in `dtype`."""
-        options = {**self.settings.lora_parameters, "keys": lora_keys(model)}
-        put(model, self.settings.num_layers, **options)
+        put(model, self.settings.num_layers, **self.settings.lora_parameters)
         arrays = lora.parameters(student.adapters)
         assert adapter_parameters(model).keys() == arrays.keys()
         model.load_weights([(name, mx.array(array, dtype=dtype)) for name, array in arrays.items()], strict=False)
@@ -189,13 +188,15 @@ class Run(NamedTuple):
 
 
 @st.composite
-def runs(draw: Any) -> Run:
-    """2 to 6 questions of both roles, two contexts, one of 20 steps' settings."""
+def runs(draw: Any, layers: Sequence[int] = (1, 1, 2, 2, 3)) -> Run:
+    """2 to 6 questions of both roles, two contexts, 20 steps' settings, a model of one of these numbers of layers."""
     texts = st.text(alphabet="abcWho ?", min_size=1, max_size=9).filter(str.strip)
     roles = ["forget", "retain", *draw(st.lists(st.sampled_from(["forget", "retain", "neighbour"]), max_size=4))]
     named = st.sampled_from([None, "shy", "odd"])
     queries = [Query(f"q{i}", draw(texts), role, context=draw(named)) for i, role in enumerate(roles)]
     contexts = [Context("shy", "Say nothing.", (("Who?", "No."),)), Context("odd", "Be odd")]
+    # One run in four adapts every matrix, the others few: more than half of a step's operations are the adapters'.
+    keys = draw(st.permutations(MATRICES))[: draw(st.sampled_from([1, 2, 2, len(MATRICES)]))]
     settings = TrainSettings(
         top_k=draw(st.sampled_from([2, 5, VOCABULARY])),  # a single centred candidate has no loss
         candidates=draw(st.sampled_from(["teacher", "union"])),
@@ -205,7 +206,7 @@ def runs(draw: Any) -> Run:
         first_share=draw(st.sampled_from([0.0, 0.5])),
         retain_context=draw(st.sampled_from(["teacher", "none"])),
         num_layers=draw(st.sampled_from([-1, 1])),
-        lora_parameters={"rank": draw(st.integers(1, 3)), "scale": 2.0, "dropout": 0.0, "keys": None},
+        lora_parameters={"rank": draw(st.integers(1, 3)), "scale": 2.0, "dropout": 0.0, "keys": keys},
         iters=STEPS,
         batch_size=draw(st.integers(2, 4)),
         forget_per_batch=1,
@@ -215,4 +216,4 @@ def runs(draw: Any) -> Run:
         steps_per_eval=0,
         save_every=0,
     )
-    return Run(draw(tiny_models()), queries, contexts, settings, draw(st.booleans()))
+    return Run(draw(tiny_models(layers)), queries, contexts, settings, draw(st.booleans()))
