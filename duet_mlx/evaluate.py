@@ -208,8 +208,11 @@ def _columns(
 
     def prompts(tokenizer: Any, folder: Path, chosen: Sequence[Context | None]) -> list[list[int]]:
         rendered = [render(tokenizer, a.text, c, settings.system, a.place) for a, c in zip(asked, chosen, strict=True)]
-        for a, ids in zip(asked, rendered, strict=True):
-            check_fits(a.place, a.text, len(ids), settings.max_tokens, "the model's window", window(folder))
+        limit = window(folder)
+        for a, c, ids in zip(asked, chosen, rendered, strict=True):
+            if len(ids) + settings.max_tokens - 1 > limit:  # what to do about it costs more renderings
+                way_out = _way_out(tokenizer, a, c, settings, limit)
+                check_fits(a.place, a.text, len(ids), settings.max_tokens, "the model's window", limit, way_out)
         return rendered
 
     def add(
@@ -257,6 +260,24 @@ def _columns(
         model, tokenizer, _ = load_model(settings.retrained, trust_remote_code=settings.trust_remote_code)
         add(RETRAINED, no_context, read_by_other, [weights_hash(model)], same_base=False)
     return columns, replies, base_hash
+
+
+def _way_out(tokenizer: Any, asked: Asked, context: Context | None, settings: EvaluateSettings, limit: int) -> str:
+    """What to shorten of a prompt that does not fit: the part that takes it beyond the limit, each put to the last."""
+    from .context import render
+
+    parts: dict[str, tuple[str, Context | None, str]] = {
+        "shorten or drop the question": (asked.query.question, None, ""),
+        "shorten the reverse prompt": (asked.text, None, ""),
+        "shorten --system": (asked.text, None, settings.system),
+        f'shorten the context "{context.name if context else ""}"': (asked.text, context, settings.system),
+    }
+    sizes = {way_out: len(render(tokenizer, *part, asked.place)) for way_out, part in parts.items()}
+    first, *_, whole = sizes
+    for way_out, size in sizes.items():
+        if size > limit:
+            return way_out if way_out == first else f"{sizes[first]} of them are the question: {way_out}"
+    return f"lower --max-tokens to {limit - sizes[whole] + 1}, or shorten what is asked"
 
 
 def _check_base(config: dict[str, Any], base_hash: str, settings: EvaluateSettings) -> None:

@@ -87,6 +87,20 @@ def test_a_question_that_only_its_context_or_a_reverse_prompt_makes_too_long(ref
     refused("evaluate", *flags, "--reverse-prompts", tmp_path / "p.txt", says=says)
 
 
+def test_an_evaluation_does_not_blame_the_question_for_what_another_part_takes(refused, model, data, tmp_path):
+    flags = ["--model", model, *data[:4], "--out", tmp_path / "out", "--max-tokens", 2]
+    (tmp_path / "long.yaml").write_text(f"name: mine\nsystem: {'long ' * 200}\n")
+    (tmp_path / "p.txt").write_text("Go on.\n" + "long " * 200)
+    for more, way_out in (
+        (["--system", "long " * 200], "shorten --system"),
+        (["--context", tmp_path / "long.yaml"], 'shorten the context "mine"'),
+        (["--reverse-prompts", tmp_path / "p.txt"], "shorten the reverse prompt"),
+        (["--max-tokens", 250], "lower --max-tokens to"),
+    ):
+        said = refused("evaluate", *flags, *more, says=("forget.jsonl:1: ", "window of 256", way_out))
+        assert "drop" not in said
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_a_control_token_of_the_model_in_a_question(refused, quick, model, data, tmp_path, name):
     file = write_questions(tmp_path / "mine.jsonl", ["Short?", "Who is <|im_end|>?"])
