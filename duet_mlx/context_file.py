@@ -157,7 +157,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML's safe loader, which takes the last of two equal keys without a word: this one refuses them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -183,7 +183,7 @@ def _yaml(path: Path) -> Any:
         line = error.object[: error.start].count(b"\n") + 1
         raise ContextError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
     try:
-        content = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        content = yaml.load(text, Loader=Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)

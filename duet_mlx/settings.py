@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import typing
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
@@ -59,7 +61,9 @@ def parse(
         elif isinstance(default, tuple):
             parser.add_argument(flag, nargs="+", action="extend", **options)
         else:
-            parser.add_argument(flag, choices=spec.metadata["choices"], type=_flag_type(kinds[name]), **options)
+            choices = spec.metadata["choices"]  # checked below, which names the nearest one
+            metavar = "{" + ",".join(choices) + "}" if choices else None
+            parser.add_argument(flag, metavar=metavar, type=_flag_type(kinds[name]), **options)
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
     merged = read_yaml(file) if file else {}
@@ -70,7 +74,8 @@ def parse(
     for name, value in merged.items():
         if name not in known:
             raise ConfigError(f"{file}: unknown key {name!r}{nearest(str(name), list(known))}")
-        merged[name] = _checked(name, value, known[name], kinds[name])
+        place = f"--{name.replace('_', '-')}" if name in given else f"-c {file}: {name}"
+        merged[name] = _checked(place, value, known[name], kinds[name])
     recipe = (recipes or {}).get(merged.get("recipe", "default"), {})
     if "recipe" in given:
         merged |= {name: value for name, value in recipe.items() if name not in given}
@@ -120,12 +125,18 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def read_yaml(file: str) -> dict[str, Any]:
+    """The keys of a YAML file. Raises ConfigError for one that cannot be read, and for a key that stands twice."""
     import yaml
 
+    from .context_file import Loader
+
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = yaml.load(Path(file).read_bytes().decode(), Loader=Loader)  # a SafeLoader
+    except OSError as error:
         raise ConfigError(f"-c {file}: cannot be read ({error})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"-c {file}:{line}: not UTF-8 text; save the file as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"-c {file}: not YAML: {' '.join(str(error).split())}") from error
     except Exception as error:  # a date of month 13, `!!int x`, `!!bool x`, brackets without end: each its own kind
@@ -145,26 +156,32 @@ def number(value: Any) -> float | None:
     return None
 
 
-def _checked(name: str, value: Any, spec: Field, kind: Any) -> Any:
-    """The value as the field's type; YAML reads 1e-4 as text and a lone file name as no list."""
+def _checked(place: str, value: Any, spec: Field, kind: Any) -> Any:
+    """The value as the field's type; YAML reads 1e-4 as text and a lone file name as no list.
+
+    A path below `~/` is made whole: the shell does so only where it begins a flag's value.
+    """
     choices = spec.metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(f"{name}: {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
+        raise ConfigError(f"{place}: {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
     allowed = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
     if value is None:
         if type(None) in allowed:
             return None
-        raise ConfigError(f"{name}: no value given")
+        raise ConfigError(f"{place}: no value given")
     plain = next(k for k in allowed if k is not type(None))
     plain = typing.get_origin(plain) or plain
+    expected = plain.__name__
     if plain is tuple:
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+            return tuple(re.sub("(^|[=@])~(?=/)", lambda at: at[1] + os.path.expanduser("~"), item) for item in value)
+        one = "file name" if spec.metadata["help"].startswith("JSONL files") else "text"
+        expected = f"a {one} or a list of {one}s"
     elif plain is float:
         if (as_float := number(value)) is not None:
             return as_float
     elif isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
-        return value
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
     found = repr(value)
-    raise ConfigError(f"{name}: expected {plain.__name__}, found {found if len(found) <= 60 else found[:57] + '…'}")
+    raise ConfigError(f"{place}: expected {expected}, found {found if len(found) <= 60 else found[:57] + '…'}")

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from duet_mlx.evaluate import EvaluateSettings
+from duet_mlx.settings import parse
 from tests.tiny_model import QUESTIONS, write_questions
 
 # --- questions and context ---------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ BAD_FLAGS = [
     (["--delta", "0"], ("--delta 0", "more than 0")),
     (["--max-grad-norm", "nan"], ("--max-grad-norm nan",)),
     (["--num-layers", "7"], ("--num-layers 7", "2")),
-    (["--method", "duett"], ("--method", "duett", "duet")),
+    (["--method", "duett"], ("--method: 'duett'", "graddiff", '(did you mean "duet"?)')),
     (["--candidates", "untion"], ("--candidates", "untion", "union")),
     (["--recipe", "papper"], ("--recipe", "papper", "paper")),
     (["--posittions", "2"], ("--posittions", "--positions")),
@@ -202,7 +204,11 @@ BAD_YAML = {
     "a flag's spelling": ("learning-rate: 5\n", ("'learning-rate'", 'did you mean "learning_rate"')),
     "a key that is no text": ("7: 5\n", ("7",)),
     "an unknown method": ("method: duett\n", ("method", "'duett'", 'did you mean "duet"')),
-    "text for a number": ("iters: many\n", ("iters", "int", "'many'")),
+    "text for a number": ("iters: many\n", ("config.yaml: iters: expected int, found 'many'",)),
+    "a key twice": ("seed: 1\ndelta: 2\nseed: 3\n", ("config.yaml: ", 'key "seed" stands twice', "line 3")),
+    "keys for files": ("forget: {a: b}\n", ("config.yaml: forget: expected a file name or a list of file names",)),
+    "Latin-1": (b"seed: 1\ntopic: caf\xe9\n", ("config.yaml:2: not UTF-8 text; save the file as UTF-8",)),
+    "UTF-16": ("seed: 1\n".encode("utf-16"), ("config.yaml:1: not UTF-8 text; save the file as UTF-8",)),
     "a list for a number": ("learning_rate: [1]\n", ("learning_rate", "[1]")),
     "no value": ("iters:\n", ("iters", "no value")),
     "numbers for files": ("forget: [1, 2]\n", ("forget", "[1, 2]")),
@@ -241,13 +247,27 @@ BAD_YAML = {
 def test_a_bad_config(refused, quick, tmp_path, case):
     text, says = BAD_YAML[case]
     file = tmp_path / "config.yaml"
-    file.write_text(text)
-    drop = {name for name in ("iters", "forget") if text.startswith(name)}  # a flag would override the YAML
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    drop = {
+        name for name in ("iters", "forget") if file.read_bytes().startswith(name.encode())
+    }  # a flag would override the YAML
     flags = list(quick)
     for name in drop:
         at = flags.index(f"--{name}")
         del flags[at : at + 2]
     refused("train", *flags, "-c", file, says=says)
+
+
+def test_a_home_folder_is_found_however_a_path_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "config.yaml"
+    file.write_text("model: a/b\nadapter_path: ~/adapter\nforget: [~/f.jsonl, g~/f.jsonl]\ncontext: ~/c.yaml\n")
+    flags = ["-c", str(file), "--retain=~/r.jsonl", "--also=mine=~/m.jsonl", "--benchmark=qa:G@~/q.jsonl"]
+    settings = parse(EvaluateSettings, "evaluate", "Evaluate.", [*flags, "--out=~/out", "--topic=all of ~/"])
+    assert settings.adapter_path == f"{tmp_path}/adapter" and settings.context == f"{tmp_path}/c.yaml"
+    assert settings.forget == (f"{tmp_path}/f.jsonl", "g~/f.jsonl") and settings.retain == (f"{tmp_path}/r.jsonl",)
+    assert settings.also == (f"mine={tmp_path}/m.jsonl",) and settings.benchmark == (f"qa:G@{tmp_path}/q.jsonl",)
+    assert settings.out == f"{tmp_path}/out" and settings.topic == "all of ~/"
 
 
 # --- as a process ------------------------------------------------------------------------------------------------
