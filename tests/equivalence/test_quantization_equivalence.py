@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from duet_mlx.head import head_rows
 from reference.quantize import BITS, GROUP_SIZES, dequantize, quantize, unpack
+from tests.equivalence.tiny import shared
 
 
 @st.composite
@@ -40,6 +41,7 @@ def on_cpu(weight: np.ndarray, group_size: int, bits: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("bits", BITS)
 @given(data=st.data(), group_size=st.sampled_from(GROUP_SIZES))
+@shared(len(BITS))
 def test_words_scales_and_biases_are_mlxs(bits: int, data: Any, group_size: int) -> None:
     weight = data.draw(weights(group_size))
     for got, expected in zip(quantize(weight, group_size, bits), on_cpu(weight, group_size, bits), strict=True):
@@ -55,6 +57,7 @@ def test_words_scales_and_biases_are_mlxs(bits: int, data: Any, group_size: int)
     tied=st.booleans(),
     seed=st.integers(0, 99),
 )
+@shared(len(BITS))
 def test_gathered_rows_of_a_quantized_head_are_the_references(
     bits: int, data: Any, group_size: int, half: bool, tied: bool, seed: int
 ) -> None:
@@ -83,6 +86,7 @@ def test_gathered_rows_of_a_quantized_head_are_the_references(
     dtype=st.sampled_from([mx.float32, mx.float16]),
     seed=st.integers(0, 99),
 )
+@shared(len(BITS))
 def test_a_quantized_product_is_that_of_the_references_weights(
     bits: int, data: Any, group_size: int, dtype: Any, seed: int
 ) -> None:

@@ -17,7 +17,7 @@ from duet_mlx.generate import stop_ids
 from duet_mlx.train import TrainSettings
 from reference import context as ref_context
 from reference import teacher as ref
-from tests.equivalence.tiny import FLOAT64, VOCABULARY, llama, plain_logits, tokenizer
+from tests.equivalence.tiny import FLOAT64, VOCABULARY, llama, plain_logits, shared, tokenizer
 from tests.reference.exact_float64 import exact_float64
 
 seeds = st.integers(0, 2**32)
@@ -99,6 +99,7 @@ def queries(draw: Any) -> list[Query]:
     k=st.sampled_from([1, 3, VOCABULARY]),
     retain=st.sampled_from(["teacher", "none"]),
 )
+@shared(2)
 def test_targets_of_a_model_are_the_references(mode: str, asked: list[Query], n: int, k: int, retain: str) -> None:
     """The backend's one batched pass against the definition, fed with the model's logits a sequence at a time."""
     with exact_float64():

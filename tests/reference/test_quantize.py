@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference import quantize as ref
+from tests.equivalence.tiny import shared
 
 every_bits = pytest.mark.parametrize("bits", ref.BITS)
 group_sizes, seeds = st.sampled_from(ref.GROUP_SIZES), st.integers(0, 2**32)
@@ -32,6 +33,7 @@ def from_mlx(weight: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray
 @every_bits
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @given(group_size=group_sizes, seed=seeds)
+@shared(2 * len(ref.BITS))
 def test_quantize_gives_mlxs_words_scales_and_biases(bits, group_size, dtype, seed) -> None:
     weight = draw_weight(seed, dtype)
     for ours, theirs in zip(ref.quantize(weight, group_size, bits), from_mlx(weight, group_size, bits), strict=True):
@@ -41,6 +43,7 @@ def test_quantize_gives_mlxs_words_scales_and_biases(bits, group_size, dtype, se
 
 @every_bits
 @given(group_size=group_sizes, seed=seeds)
+@shared(len(ref.BITS))
 def test_dequantize_gives_mlxs_weights(bits, group_size, seed) -> None:
     words, scales, biases = from_mlx(draw_weight(seed), group_size, bits)
     with mx.stream(mx.cpu):
@@ -55,6 +58,7 @@ def test_dequantize_gives_mlxs_weights(bits, group_size, seed) -> None:
 
 @every_bits
 @given(seed=seeds)
+@shared(len(ref.BITS))
 def test_unpack_takes_back_what_pack_did(bits, seed) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, size=(2, 3, 64)).astype(np.uint8)
     words = ref.pack(codes, bits)
@@ -71,6 +75,7 @@ def test_packed_words_by_hand() -> None:
 
 @every_bits
 @given(group_size=group_sizes, seed=seeds)
+@shared(len(ref.BITS))
 def test_no_weight_moves_by_more_than_a_step_and_zero_stays(bits, group_size, seed) -> None:
     """Bending the scale s onto zero takes at most s/(2r) off a step, r = |edge|/s ≥ (2^bits - 1)/2, so
     the far end lacks less than one step; elsewhere a weight is at most half a (longer) step from its code.
