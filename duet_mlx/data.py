@@ -14,6 +14,9 @@ from duet_mlx.errors import ConfigError, DataError, nearest
 
 Choice = TypeVar("Choice")
 ROLES = ("forget", "retain", "neighbour")
+BYTE_ORDER_MARKS = {  # UTF-32's first: one of them begins as UTF-16's does
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"
+}  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,8 @@ def load_queries(paths: Sequence[str | Path], role: str) -> list[Query]:
     for path in files:
         # The stem makes a short id; two files of the same stem need their whole paths to be told apart.
         prefix = path.stem if stems.count(path.stem) == 1 else str(path)
+        # A file's name need not be UTF-8, what is written of it must.
+        prefix = prefix.encode(errors="surrogateescape").decode(errors="backslashreplace")
         for line, record in read_jsonl(path):
             place = f"{path}:{line}"
             query = _query(record, role, f"{prefix}:{line}", place)
@@ -160,8 +165,8 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        utf16 = line[:2] in (b"\xff\xfe", b"\xfe\xff")
-        fault = "but UTF-16, by its first bytes" if utf16 else f"at byte {error.start + 1} of the line"
+        marked = [f"but {name}, by its first bytes" for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)]
+        fault = (marked or [f"at byte {error.start + 1} of the line"])[0]
         raise DataError(f"{place}: not UTF-8 text {fault}; save the file as UTF-8") from error
     try:
         record = json.loads(text)
@@ -204,7 +209,7 @@ def _text(value: Any, field: str, place: str) -> str:
     """The text without the space around it; DataError if it is another type, blank, or no valid Unicode."""
     if not isinstance(value, str):
         raise DataError(f'{place}: "{field}" must be text, found {_kind(value)}: {_short(repr(value))}')
-    if not value.strip():
+    if all(char.isspace() or unicodedata.category(char) == "Cf" for char in value):  # "\u200b" shows nothing either
         raise DataError(f'{place}: "{field}" is blank')
     try:
         value.encode("utf-8")

@@ -55,7 +55,8 @@ def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> 
     partials = {name: out / f".{name}.partial" for name in contents}
     try:
         for name, text in contents.items():
-            partials[name].write_text(text, encoding="utf-8")
+            # A path may hold bytes that are not UTF-8; what is written of them is JSON's own escape.
+            partials[name].write_text(text, encoding="utf-8", errors="backslashreplace")
         for name in (*PICTURES, *QUESTIONS):  # with --overwrite: never an old picture beside new figures
             (out / name).unlink(missing_ok=True)
         for name, partial in partials.items():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 from hypothesis import given
@@ -91,6 +92,7 @@ BAD = {
     "a question that is a list": ('{"question": ["A?"]}', 'q.jsonl:1: "question" must be text, found a list'),
     "a question that is true": ('{"question": true}', 'q.jsonl:1: "question" must be text, found true/false'),
     "a blank question": (GOOD + ask(" \t"), 'q.jsonl:2: "question" is blank'),
+    "a question of nothing visible": (GOOD + ask("\u200b \ufeff"), 'q.jsonl:2: "question" is blank'),
     "half a surrogate pair": (
         '{"question": "A\\ud83d"}',
         'q.jsonl:1: "question" holds half a surrogate pair at character 2',
@@ -100,6 +102,8 @@ BAD = {
         "q.jsonl:2: not UTF-8 text at byte 18 of the line",
     ),
     "UTF-16": (GOOD.encode("utf-16"), "q.jsonl:1: not UTF-8 text but UTF-16"),
+    "UTF-32": (GOOD.encode("utf-32"), "q.jsonl:1: not UTF-8 text but UTF-32"),
+    "UTF-32, high bytes first": (b"\0\0\xfe\xff" + GOOD.encode("utf-32-be"), "q.jsonl:1: not UTF-8 text but UTF-32"),
     "an answer that is a number": ('{"question": "A?", "answer": 5}', 'q.jsonl:1: "answer" must be text'),
     "an empty list of answers": (
         '{"question": "A?", "answer": []}',
@@ -116,6 +120,21 @@ BAD = {
         'q.jsonl:2: id "1" is that of',
     ),
 }
+
+
+def test_a_file_name_that_is_not_utf8_gives_an_id_that_can_be_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"fran\xe7.jsonl")
+    try:
+        path.write_text(ask("A?"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (query,) = load_queries([path], "forget")
+    assert query.id.encode() == b"fran\\xe7:1"
+
+
+def test_a_question_with_a_joined_emoji_is_not_blank(write):
+    path = write(ask("\u200bWho?") + "\n" + ask("👩\u200d🚀"))
+    assert len(load_queries([path], "forget")) == 2
 
 
 @pytest.mark.parametrize("content, message", BAD.values(), ids=BAD)

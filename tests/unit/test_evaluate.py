@@ -647,6 +647,12 @@ def test_an_old_picture_of_the_questions_does_not_stay_beside_figures_that_have_
     assert set(contents(tmp_path)) == {"results.json", "samples.jsonl", "results.png", "results.svg"}
 
 
+def test_the_name_of_a_file_need_not_be_utf8_for_the_results_to_be_written(tmp_path):
+    meta = {"data": {"forget": {os.fsdecode(b"fran\xe7.jsonl"): "é"}}}
+    result_files.write(tmp_path, {**RESULTS, "meta": meta}, [])
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["meta"] == meta
+
+
 def test_null_and_a_reason_stand_for_a_number_that_json_has_no_word_for():
     nan, inf = float("nan"), float("inf")
     row = {"metric": "f1", "value": nan, "ci": [0.0, inf], "n": 3}
