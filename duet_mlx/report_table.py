@@ -117,10 +117,12 @@ def on_trained(results: dict[str, Any]) -> str:
     """Which groups the adapter was trained on, by the hashes of its files (provenance.trained_on); '' for none."""
     meta = results.get("meta")
     found = meta.get("trained_on") if isinstance(meta, dict) else None
-    if not isinstance(found, dict) or not found:
-        return ""
-    named = "; ".join(f"{group} ({', '.join(map(str, files))})" for group, files in found.items())
-    return f"The adapter was trained on these very files: {named}. All other groups are of other files."
+    named = "; ".join(
+        f"{group} ({', '.join(map(str, files))})"
+        for group, files in (found.items() if isinstance(found, dict) else ())
+        if isinstance(files, list)  # a file that was changed by hand may hold anything
+    )
+    return named and f"The adapter was trained on these very files: {named}. All other groups are of other files."
 
 
 def markdown_table(results: dict[str, Any]) -> str:

@@ -113,7 +113,11 @@ def test_a_line_names_the_groups_that_the_adapter_was_trained_on(results, capsys
     assert line in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("meta", [None, [], {"trained_on": 7}, {"trained_on": {}}], ids=str)
+@pytest.mark.parametrize(
+    "meta",
+    [None, [], {"trained_on": 7}, {"trained_on": {}}, {"trained_on": {"general": 5, "forget": "f.jsonl"}}],
+    ids=str,
+)
 def test_a_results_json_that_knows_nothing_of_training_is_shown_without_that_line(meta, results):
     assert report.on_trained({**results, "meta": meta}) == ""
 
