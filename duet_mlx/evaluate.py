@@ -94,6 +94,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
     contexts = _contexts(settings, forget + groups.get(TRAINED, []))
     beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
+    metas = report.metas_beside(settings.beside)
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, f"--out {settings.out}")
     with only_run_in(Path(settings.out), "--out"):
@@ -123,6 +124,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             for name, column in columns.items()
             for a, said, scored in zip(asked, column.answers, scores[name], strict=True)
         ]
+        report.note_unlike(metas, meta)
         write(Path(settings.out), results, [*map(finite, samples + benchmark_samples)])
         return results
 

@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from .data import file_hash, read_jsonl
-from .errors import ConfigError, DataError, run_cli
+from .errors import ConfigError, DataError, note, run_cli
 from .metrics import FORGET, GENERAL, NEIGHBOURS
 from .report_table import format_table, markdown_table, models_of, on_trained
 
 Row = dict[str, Any]
+# Settings that figures hang on, besides the questions themselves.
+ASKED = (
+    "system", "max_tokens", "forget_questions", "retain_questions", "neighbour_questions", "reverse_questions",
+    "benchmark_questions",
+)  # fmt: skip
 
 
 def load_beside(specs: Sequence[str], taken: Sequence[str]) -> list[Row]:
@@ -43,6 +48,41 @@ def load_beside(specs: Sequence[str], taken: Sequence[str]) -> list[Row]:
             raise DataError(f"{path}: no rows of a model 'unlearned', so nothing to show as {name!r}")
         rows += [{**row, "model": name, "source": {"file": path, "sha256": file_hash(path)}} for row in found]
     return rows
+
+
+def metas_beside(specs: Sequence[str]) -> dict[str, Any]:
+    """The `meta` of each evaluation that `load_beside` takes a column from, by the column's name."""
+    pairs = (spec.partition("=") for spec in specs)
+    return {name.strip(): load_results(path).get("meta") for name, _, path in pairs}
+
+
+def note_unlike(others: dict[str, Any], meta: Any) -> None:
+    """A line on stderr for each column beside that was measured in another way than this evaluation's."""
+    here = _hangs_on(meta)
+    for name, other in others.items():
+        unlike = [what for what, value in _hangs_on(other).items() if here.get(what, value) != value]
+        if "device" in unlike and "--model" in unlike:
+            unlike.remove("--model")  # a GPU holds the same weights packed, and so they have another hash there
+        if unlike:
+            note(f"note: beside {name}: measured with other {', '.join(unlike)}")
+
+
+def _hangs_on(meta: Any) -> dict[str, Any]:
+    """What the figures of a column hang on, by the flag that sets it, as far as `meta` says it."""
+    meta = meta if isinstance(meta, dict) else {}
+
+    def part(name: str) -> dict[str, Any]:
+        return meta[name] if isinstance(meta.get(name), dict) else {}
+
+    files: dict[str, Any] = {
+        name: sorted(map(str, of.values())) for name, of in part("data").items() if isinstance(of, dict) and of
+    }
+    settings = {name: part("settings").get(name) for name in ASKED}
+    files.pop("context", None)  # the column "unlearned" is asked without
+    said = {f"--{name.replace('_', '-')}": value for name, value in (files | settings).items()}
+    said |= {f"--benchmark {name}": value for name, value in part("benchmarks").items()}
+    said |= {"device": part("machine").get("device"), "--model": meta.get("base_weights")}
+    return {what: value for what, value in said.items() if value is not None}
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
@@ -145,6 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     results = load_results(args.results)
     results["rows"] += load_beside(args.beside, models_of(results["rows"]))
+    note_unlike(metas_beside(args.beside), results.get("meta"))
     if args.markdown:
         print(markdown_table(results))
     else:

@@ -52,10 +52,16 @@ def _figure(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.2e}"
 
 
+def _count(rows: Sequence[Row], group: str) -> int:
+    """How many questions a group has in this evaluation; in another, whose column stands beside, if it has none."""
+    here = [row for row in rows if row["group"] == group]
+    return max(row["n"] for row in [row for row in here if "source" not in row] or here)
+
+
 def _heading(rows: Sequence[Row], group: str) -> str:
     """The group, how many questions it has, and whether their answers should go or stay, if they should either."""
     here = [row for row in rows if row["group"] == group]
-    count = max(row["n"] for row in here)
+    count = _count(rows, group)
     wanted = ""
     if any(metric.forget != metric.keep for row in here if (metric := BY_KEY.get(row["metric"]))):
         wanted = ": should go" if group.startswith(FORGET) else ": should stay"
@@ -75,7 +81,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     by_key = {(row["model"], row["group"], row["metric"]): row for row in rows}
     lines: list[tuple[str, list[str]]] = []
     for group in _groups(rows):
-        count = max(row["n"] for row in rows if row["group"] == group)
+        count = _count(rows, group)
         lines.append((_heading(rows, group), []))
         for metric in MEASURES:
             found = [by_key.get((model, group, metric.key)) for model in models]

@@ -194,6 +194,53 @@ def test_beside_renames_the_unlearned_rows(results, tmp_path):
     assert rows[0]["source"]["file"] == str(file)
 
 
+META = {
+    "data": {"forget": {"f.jsonl": "aa"}, "retain": {"r.jsonl": "bb"}, "context": {"c.yaml": "cc"}},
+    "settings": {"system": "", "max_tokens": 32, "forget_questions": 0},
+    "benchmarks": {"mmlu": {"questions": 4, "sha256": "dd"}},
+    "machine": {"device": "cpu"},
+    "base_weights": "ee",
+}
+UNLIKE = {
+    "nothing": ({}, ""),
+    "another name of a file": ({"data": {"forget": {"mine/f.jsonl": "aa"}}}, ""),
+    "another context": ({"data": {**META["data"], "context": {"d.yaml": "ff"}}}, ""),
+    "other questions": ({"data": {"forget": {"f.jsonl": "ff"}, "retain": {}}}, "--forget"),
+    "another system prompt and length": ({"settings": {"system": "Hi", "max_tokens": 8}}, "--system, --max-tokens"),
+    "fewer questions": ({"settings": {"forget_questions": 5}}, "--forget-questions"),
+    "other items": ({"benchmarks": {"mmlu": {"questions": 4, "sha256": "gg"}}}, "--benchmark mmlu"),
+    "another model": ({"base_weights": "hh"}, "--model"),
+    "another device": ({"base_weights": "hh", "machine": {"device": "gpu"}}, "device"),
+    "a file changed by hand": ({"data": 5, "settings": [], "machine": None}, ""),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_a_column_that_was_measured_in_another_way_does_not_stand_beside_without_a_word(
+    case, results, tmp_path, monkeypatch, capsys
+):
+    change, named = UNLIKE[case]
+    for name, meta in (("here", META), ("there", {**META, **change})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**results, "meta": meta}))
+    argv = ["report", str(tmp_path / "here.json"), "--beside", f"seed 1={tmp_path / 'there.json'}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    report.main()
+    said = f"note: beside seed 1: measured with other {named}\n" if named else ""
+    assert capsys.readouterr().err == said
+
+
+def test_a_file_without_meta_is_shown_beside(results, tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps({"rows": results["rows"]}))
+    report.note_unlike(report.metas_beside([f"seed 1={tmp_path / 'r.json'}"]), META)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_heading_counts_the_questions_of_this_evaluation(results):
+    more = [{**row("seed 1", group, "recall", 0.5, n=40), "source": {}} for group in ("forget", "muse")]
+    lines = report.format_table(results["rows"] + more).splitlines()
+    assert "forget (8 questions): should go" in lines and "muse (40 questions): should stay" in lines
+
+
 @pytest.mark.parametrize("spec", ["paper", "=results.json", "base=results.json", "paper="])
 def test_a_wrong_beside_is_refused(spec):
     with pytest.raises(ConfigError, match="--beside"):
