@@ -59,9 +59,11 @@ def read_questions(settings: TrainSettings) -> tuple[list[Query], list[Query], l
     forget = load_queries(settings.forget, "forget")
     retain = load_queries(settings.retain, "retain") if settings.retain else []
     neighbours = load_queries(settings.neighbours, "neighbour") if settings.neighbours else []
-    valid = load_queries(settings.valid_forget, "forget") if settings.valid_forget else []
-    valid += load_queries(settings.valid_retain, "retain") if settings.valid_retain else []
+    valid_forget = load_queries(settings.valid_forget, "forget") if settings.valid_forget else []
+    valid_retain = load_queries(settings.valid_retain, "retain") if settings.valid_retain else []
+    valid = valid_forget + valid_retain
     check_disjoint(forget, retain + neighbours)
+    check_disjoint(valid_forget, valid_retain)
     check_disjoint(forget + retain + neighbours, valid)
     forget = spread(forget, settings.forget_questions, "--forget-questions")
     kept = spread(retain, settings.retain_questions, "--retain-questions")

@@ -62,6 +62,13 @@ def test_a_validation_question_that_is_trained_on(refused, quick, tmp_path):
     refused("train", *quick, "--valid-retain", file, says=("retain:1", "mine:1", QUESTIONS["retain"][0]))
 
 
+def test_a_question_to_watch_on_both_sides(refused, quick, tmp_path):
+    one = write_questions(tmp_path / "one.jsonl", ["New?", "Who is Dobby?"])
+    two = write_questions(tmp_path / "two.jsonl", ["who is dobby"])
+    flags = ["--valid-forget", one, "--valid-retain", two]
+    refused("train", *quick, *flags, says=("1 forget question(s)", "retain questions as well", "one:2", "two:1"))
+
+
 def both_commands(quick, model, data, tmp_path):
     """Flags of training, and of evaluation behind a context and a reverse prompt, that read the same questions."""
     prompts = tmp_path / "prompts.txt"
