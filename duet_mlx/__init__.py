@@ -33,11 +33,20 @@ def _load_blas() -> str | None:
                 break
         except OSError:
             continue
-    if found and not os.environ.get("OPENBLAS_NUM_THREADS"):
-        # Two streams compute side by side (generate.streams): half the cores for the products of each.
-        limit = getattr(ctypes.CDLL(None), "openblas_set_num_threads", lambda threads: None)
-        limit(max(1, len(os.sched_getaffinity(0)) // 2))
     return found
 
 
+def share_cores(streams: int) -> None:
+    """Give the matrix products of each of so many streams their part of the cores.
+
+    Only OpenBLAS needs to be told, and not where OPENBLAS_NUM_THREADS says how many threads it is to have.
+    """
+    if BLAS and not os.environ.get("OPENBLAS_NUM_THREADS"):
+        import ctypes
+
+        limit = getattr(ctypes.CDLL(None), "openblas_set_num_threads", lambda threads: None)
+        limit(max(1, len(os.sched_getaffinity(0)) // streams))
+
+
 BLAS: str | None = _load_blas()
+share_cores(2)  # as many as generate.streams() has; training steps have one
