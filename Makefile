@@ -95,7 +95,7 @@ $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED
 tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable, an hour or two on a CPU)
 	$(PY) examples/tofu/implant.py
 
-bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in under 10 minutes
+bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in about 11 minutes
 	$(PY) -m benchmarks
 
 # ---- development ----

@@ -80,7 +80,8 @@ def growth(bench: Bench) -> Iterator[Row]:
     context = long_context(bench.tokenizer, bench.queries[0].question, 50)
     spent = []
     for count in bench.growing:
-        many = [replace(bench.queries[i % len(bench.queries)], id=str(i)) for i in range(count)]
+        # In strides, so that few and many questions are alike: the files go from short ones to long ones.
+        many = [replace(bench.queries[997 * i % len(bench.queries)], id=str(i)) for i in range(count)]
 
         def read(many: list[Query]) -> None:
             with tempfile.TemporaryDirectory() as folder:
