@@ -52,12 +52,8 @@ def load_state(file: str) -> tuple[State, dict[str, Any]]:
         optimizer, meta = mx.load(str(beside), return_metadata=True)
         mx.eval(optimizer)
     except (RuntimeError, ValueError) as error:
-        alone = (
-            ""
-            if beside.is_file()
-            else f"; only with the {beside.name} that duet_mlx.train saves beside it can one go on"
-        )
-        raise ConfigError(f"{flag}: cannot be read ({error}){alone}") from error
+        why = f"; only with the {beside.name} that duet_mlx.train saves beside it can one go on"
+        raise ConfigError(f"{flag}: cannot be read ({error}){'' if beside.is_file() else why}") from error
     try:
         step, random, adapter = int(meta["step"]), optimizer.pop("random_state"), meta["adapter"]
     except (KeyError, ValueError) as error:
