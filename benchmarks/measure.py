@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from duet_mlx import share_cores
 from duet_mlx.model import on_gpu
 
 
@@ -52,6 +53,22 @@ def in_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, C
         for name, run in ways.items():
             taken[name].append(once(run))
     return {name: cost(runs) for name, runs in taken.items()}
+
+
+def on_one_stream(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` with all cores for its matrix products: each of our two streams has half of them (generate.streams)."""
+
+    def alone() -> object:
+        share_cores(1)
+        try:
+            result = run()
+            mx.eval(result)
+            mx.synchronize()
+            return result
+        finally:
+            share_cores(2)
+
+    return alone
 
 
 def cost(runs: list[tuple[float, int]]) -> Cost:

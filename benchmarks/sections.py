@@ -31,7 +31,7 @@ from duet_mlx.train import parse_settings, prepare, read_questions, train
 from duet_mlx.train_settings import TrainSettings
 
 from .bench import Bench, long_context, mean, random_model
-from .measure import Row, in_turns, once, seconds
+from .measure import Row, in_turns, on_one_stream, once, seconds
 from .plain import generate_in_a_loop
 from .scaling import scaling
 from .step import training_step
@@ -136,7 +136,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
     greedy(bench.model, few[:1], 2, stop, head=head)  # a GPU's kernels are loaded at their first use
     generate_in_a_loop(bench.model, bench.tokenizer, few[:1], 2)
     ours, _ = once(lambda: greedy(bench.model, prompts, 32, stop, head=head) and None)
-    theirs, _ = once(lambda: generate_in_a_loop(bench.model, bench.tokenizer, few, 32))
+    theirs, _ = once(on_one_stream(lambda: generate_in_a_loop(bench.model, bench.tokenizer, few, 32)))
     ours, theirs = ours / len(prompts), theirs / len(few)
     yield Row(
         f"evaluation, {len(prompts)} questions of at most 32 new tokens", f"{seconds(ours)} a question",

@@ -11,14 +11,14 @@ import numpy as np
 from duet_mlx.context import render
 from duet_mlx.generate import common_prefix
 from duet_mlx.head import find_head
-from duet_mlx.loop import all_cores, make_optimizer, make_step
+from duet_mlx.loop import make_optimizer, make_step
 from duet_mlx.methods import method_loss
 from duet_mlx.model import add_lora, load_model, lora_keys, on_gpu
 from duet_mlx.stream import Stream
 from duet_mlx.teacher import teacher_targets
 
 from .bench import Bench, long_context, mean
-from .measure import Row, cost, in_turns, seconds
+from .measure import Row, cost, in_turns, on_one_stream, seconds
 from .plain import mlx_lm_steps, plain_batch, plain_loss
 
 
@@ -71,13 +71,15 @@ def training_step(bench: Bench) -> Iterator[Row]:
     }
     check_equal({name: loss(model, batch)[0].item() for name, (loss, batch) in losses.items()})
     ways = {name: stepping(*both) for name, both in losses.items()}
+    ways["plain"] = on_one_stream(ways["plain"])
     sequences = [[*prompt, *said] for prompt, said in zip(prompts, words, strict=True)]
     width = whole.tokens.shape[1]
     least = products(model, losses["ours"][1].tokens.size + length)
-    with all_cores():  # for all sides
-        costs = in_turns(ways, bench.repeats)
-        costs["mlx-lm"] = cost(mlx_lm_steps(model, make_optimizer(settings), sequences, width, bench.repeats))
-        costs |= in_turns({"products": least}, bench.repeats)
+    costs = in_turns(ways, bench.repeats)
+    costs |= in_turns({"products": on_one_stream(least)}, bench.repeats)
+    optimizer = make_optimizer(settings)
+    theirs = on_one_stream(lambda: mlx_lm_steps(model, optimizer, sequences, width, bench.repeats))
+    costs["mlx-lm"] = cost(theirs())
 
     ours, tokens = costs["ours"], f"{mean([len(s) for s in sequences]):.0f} tokens a query, B = {len(queries)}"
     for name, what, reach in (

@@ -49,4 +49,4 @@ def share_cores(streams: int) -> None:
 
 
 BLAS: str | None = _load_blas()
-share_cores(2)  # as many as generate.streams() has; training steps have one
+share_cores(2)  # as many as generate.streams() has

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,10 +28,10 @@ def _cpu_streams() -> list[mx.Stream]:
 
 
 def streams() -> list[mx.Stream]:
-    """Where batches are computed side by side where no gradient is wanted: two streams on CPU, else the default one.
+    """Where parts of a batch, or batches, are computed side by side: two streams on CPU, else the default one.
 
-    MLX's own CPU kernels use one core each: two streams gave 1.4 times the speed on two cores. A training step gains
-    nothing by it: it is matrix products for the most part.
+    MLX's own CPU kernels use one core each. On two cores two streams gave 1.6 times the speed of one that had both
+    for its matrix products, and 1.2 times that of a training step.
     """
     device = mx.default_device()
     return [mx.default_stream(device)] if device.type == mx.DeviceType.gpu else _cpu_streams()
@@ -122,6 +122,20 @@ def batches(lengths: Sequence[int], size: int, equal: bool) -> Iterator[np.ndarr
         if stop == len(order) or full or (equal and lengths[order[stop]] != lengths[order[start]]):
             yield order[start:stop]
             start = stop
+
+
+def side_by_side(
+    cut: Iterable[np.ndarray], compute: Callable[[np.ndarray], mx.array]
+) -> Iterator[tuple[np.ndarray, mx.array]]:
+    """Each batch of rows with its `compute(rows)`, evaluated, as many at once as there are streams."""
+    waiting = iter(cut)
+    while group := list(itertools.islice(waiting, len(streams()))):
+        done = []
+        for rows, stream in zip(group, streams(), strict=False):
+            with mx.stream(stream):
+                done.append(compute(rows))
+        mx.eval(done)  # together: of two evaluations MLX hands out all of the first one's work first
+        yield from zip(group, done, strict=True)
 
 
 class Answers(NamedTuple):

@@ -92,19 +92,6 @@ def make_step(model: nn.Module, optimizer, loss, settings: TrainSettings, compil
 
 
 @contextmanager
-def all_cores() -> Iterator[None]:
-    """While inside, products have all cores of the machine, for a step has one stream. Several processes share them."""
-    from . import parallel, share_cores
-
-    if parallel.size() == 1:
-        share_cores(1)
-    try:
-        yield
-    finally:
-        share_cores(2)
-
-
-@contextmanager
 def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
     """While inside, layers are run again in the backward pass. mlx-lm patches their class: for one run, not for all."""
     from mlx_lm.tuner.trainer import grad_checkpoint

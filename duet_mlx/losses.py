@@ -20,6 +20,12 @@ class Batch(NamedTuple):
     states: mx.array | None = None  # [B, n, D], hidden states of the frozen model, for methods that read them
     forget: int = 0  # how many rows, the first ones, are forget queries (methods with refusals: as many rows more)
 
+    def rows(self, start: int, stop: int) -> Batch:
+        """These queries alone; `forget` stays what it is of the whole batch."""
+        return self._replace(
+            **{n: part[start:stop] for n, part in self._asdict().items() if isinstance(part, mx.array)}
+        )
+
 
 def topk_huber(
     student_logits: mx.array, targets, delta: float, center: bool = False, first_share: float = 0.0

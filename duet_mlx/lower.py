@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import parallel
-from .generate import batches, branch, can_branch, encode_prefix, pad, streams
+from .generate import batches, branch, can_branch, encode_prefix, pad, side_by_side
 from .head import answering, logits_at, rounding
 from .kept_states import KeptStates
 
@@ -131,18 +131,14 @@ def hidden_states(
     lengths = [len(s) for s in sequences]
     states = KeptStates(folder, lengths, hidden_at(model, layer, mx.array([[0]])))
     cut = list(batches(lengths, 32, equal=False))
-    waiting: list[tuple[np.ndarray, mx.array]] = []
-    for number, rows in enumerate(parallel.mine(cut)):
-        with mx.stream(streams()[number % len(streams())]):
-            hidden = hidden_at(model, layer, pad([sequences[row] for row in rows]), branch(cache, len(rows)) or None)
-        mx.async_eval(hidden)
-        waiting.append((rows, hidden))
-        if len(waiting) > 1:  # one batch is under way while the one before is written
-            states.write(*waiting.pop(0))
+
+    def run(rows: np.ndarray) -> mx.array:
+        return hidden_at(model, layer, pad([sequences[row] for row in rows]), branch(cache, len(rows)) or None)
+
+    for rows, hidden in side_by_side(parallel.mine(cut), run):
         if progress:
             progress(len(rows))
-    for one in waiting:
-        states.write(*one)
+        states.write(rows, hidden)
     if parallel.size() > 1:
         exchange(states, cut, progress)
     return lower, states

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from .errors import ConfigError, nearest
 from .settings import number
 
@@ -46,10 +48,8 @@ class Reading(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Reading:
         """These queries alone."""
-        batch = self.batch._replace(
-            **{name: part[start:stop] for name, part in self.batch._asdict().items() if hasattr(part, "shape")}
-        )
-        return Reading(self.student[start:stop], None if self.base is None else self.base[start:stop], batch)
+        base = None if self.base is None else self.base[start:stop]
+        return Reading(self.student[start:stop], base, self.batch.rows(start, stop))
 
 
 class Method(NamedTuple):
@@ -223,28 +223,38 @@ def reading(
     """What the student gives at the supervised positions, and the frozen model beside it.
 
     The shared prefix is run once for the whole batch; its keys and values are broadcast, and gradients flow through.
+    The batch is cut into one part a stream, as decoding is: on a CPU half of a step's time are kernels of one core.
     With `lower`, the model begins at its first adapted layer, from `batch.hidden`.
     """
     import mlx.core as mx
 
-    from .generate import branch, encode_prefix
+    from .generate import branch, encode_prefix, streams
     from .head import logits_at
     from .lower import entering, layer_output
 
     def begin(hidden):
         return entering(model, lower.layer, hidden) if lower else nullcontext()
 
-    cache = None
+    shared = None
     if prefix:
         with begin(lower and lower.prefix):
-            cache = branch(encode_prefix(model, prefix), len(batch.tokens))
-    with begin(batch.hidden):
-        if method.frozen == "layer":
-            inside = layer - (lower.layer if lower else 0)
-            states = layer_output(model, inside, batch.tokens, batch.positions, cache)
-            return Reading(states, batch.states, batch)
-        ids = batch.ids if method.frozen == "candidates" else None
-        logits = logits_at(model, batch.tokens, batch.positions, ids, cache, head, batch.states)
+            shared = encode_prefix(model, prefix)
+    parts = []
+    for places, stream in zip(np.array_split(np.arange(len(batch.tokens)), len(streams())), streams(), strict=True):
+        if not len(places):
+            continue
+        part = batch.rows(places[0], places[-1] + 1)
+        with mx.stream(stream), begin(part.hidden):
+            cache = branch(shared, len(places)) if shared else None
+            if method.frozen == "layer":
+                inside = layer - (lower.layer if lower else 0)
+                parts.append(layer_output(model, inside, part.tokens, part.positions, cache))
+            else:
+                ids = part.ids if method.frozen == "candidates" else None
+                parts.append(logits_at(model, part.tokens, part.positions, ids, cache, head, part.states))
+    student = mx.concatenate(parts)
+    if method.frozen == "layer":
+        return Reading(student, batch.states, batch)
     n = batch.positions.shape[1]
     # The frozen model's states go through the same head as the student's, so one product serves both.
-    return Reading(logits[:, :n], None if batch.states is None else mx.stop_gradient(logits[:, n:]), batch)
+    return Reading(student[:, :n], None if batch.states is None else mx.stop_gradient(student[:, n:]), batch)

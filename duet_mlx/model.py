@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,10 @@ def load_model(
         ModelError: as `resolve_model`, or broken weights, unknown architecture, an adapter that does not fit.
     """
     widened = not on_gpu() if widened is None else widened
+    if not on_gpu():  # read at the first evaluation, which is soon
+        # MLX walks a graph in breadth up to this width, then in depth, where all of a stream's work comes before the
+        # next one's. A training step is as wide as it has gradients.
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
     folder = resolve_model(name, widened)
     try:
         model, tokenizer = load(

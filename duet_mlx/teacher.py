@@ -115,7 +115,7 @@ def forced_logits(
     """
     import mlx.core as mx
 
-    from .generate import batches, branch, can_branch, common_prefix, encode_prefix, pad, streams
+    from .generate import batches, branch, can_branch, common_prefix, encode_prefix, pad, side_by_side
     from .head import logits_at
 
     read = read or logits_at
@@ -123,21 +123,18 @@ def forced_logits(
     prefix = encode_prefix(model, prompts[0][:length]) if length else []
     mx.eval(prefix)
     sequences = [[*p[length:], *c[: n - 1]] for p, c in zip(prompts, continuations, strict=True)]
-    waiting: list[tuple[np.ndarray, mx.array]] = []  # a batch for each stream is computed before one is handed out
-    for number, rows in enumerate(batches([len(s) for s in sequences], rows_at_once(n, 1 << 17), equal=False)):
+
+    def run(rows: np.ndarray) -> mx.array:
         last = np.array([len(sequences[row]) - 1 for row in rows])
         start = np.array([len(prompts[row]) - length - 1 for row in rows])
         positions = np.minimum(start[:, None] + np.arange(n), last[:, None])  # past the end: masked by the caller
-        with mx.stream(streams()[number % len(streams())]):
-            cache = branch(prefix, len(rows)) or None
-            tokens = pad([sequences[row] for row in rows])
-            waiting.append((rows, read(model, tokens, mx.array(positions), cache=cache, head=head)))
-        mx.async_eval(waiting[-1][1])
+        tokens = pad([sequences[row] for row in rows])
+        return read(model, tokens, mx.array(positions), cache=branch(prefix, len(rows)) or None, head=head)
+
+    for rows, logits in side_by_side(batches([len(s) for s in sequences], rows_at_once(n, 1 << 17), equal=False), run):
         if progress:
             progress(len(rows))
-        if len(waiting) == len(streams()):
-            yield waiting.pop(0)
-    yield from waiting
+        yield rows, logits
 
 
 def teacher_targets(

@@ -25,7 +25,7 @@ from .errors import TrainingError, run_cli
 from .files import folder_for_adapter, only_run_in, write_text
 from .kept_targets import manifest, saved_or_built
 from .labels import asked_of, check_answers, check_method, targets_of
-from .loop import all_cores, checkpointed, make_optimizer, make_step, run_steps
+from .loop import checkpointed, make_optimizer, make_step, run_steps
 from .methods import METHODS, method_loss, reads_retain
 from .resume import check_fits, cut_log, going_on
 from .stream import Stream
@@ -227,7 +227,7 @@ def _train(settings: TrainSettings, prepared: Prepared) -> Path:
     # compiler for seconds and gain nothing on matrix products.
     step = make_step(model, optimizer, loss, settings, compiled=on_gpu())
     same_folder = resumed is not None and Path(resumed).resolve().parent == path.resolve()
-    with checkpointed(model, settings.grad_checkpoint), all_cores(), interrupts_noted() as interrupted:
+    with checkpointed(model, settings.grad_checkpoint), interrupts_noted() as interrupted:
         write_text(path / "train_log.jsonl", cut_log(path / "train_log.jsonl", state.step) if same_folder else "")
         checkpoint = Checkpoint(path, config, model, optimizer, state, same_folder)
         try:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
@@ -48,6 +48,7 @@ def test_prefix_lower_layers_and_padding_change_no_loss_and_no_gradient(
     A log-probability moves by FLOAT64 of the largest logit, below 100. An answer sums at most 50 of them (refusals),
     and no slope of a loss is above 2; gradients are of the size of what multiplies them.
     """
+    assume(not {*forget} & {*kept})  # GradDiff of one question on both sides is nothing at all
     settings = settings_of(method)
     queries = [Query(f"f{i}", text, "forget") for i, text in enumerate(forget)]
     queries += [Query(f"r{i}", text, "retain") for i, text in enumerate(kept)]
