@@ -7,7 +7,7 @@
       └────LoRA on retain authors alone─────▶ retrained, what "never knew" looks like
 
 A small model knows little of what benchmarks ask, so nothing could be seen to go. Here it is taught the answers of
-TOFU's fictitious authors first: LoRA by mlx-lm's own trainer until it gives them, fused, and quantized as the base was.
+TOFU's fictitious authors first: LoRA on its last layers until it gives them, fused, and quantized again.
 
 References: Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", 2024 (arXiv 2401.06121).
 """
@@ -22,6 +22,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 HARRY_POTTER = ROOT / "examples" / "harry_potter"
 ROWS = 20  # of each author, one after another in TOFU's files
-BATCH = 10  # divides the rows: mlx-lm's trainer drops the last partial batch, and always the same rows
+BATCH = 5  # small ones: what is learned goes with the number of updates
+LAYERS = 8  # of the demo's 30: what lies below is run once
+RATE = 2e-3
 
 
 class Plan(NamedTuple):
@@ -39,14 +43,19 @@ class Plan(NamedTuple):
     retain_authors: int
     rounds: int  # of `epochs` each, at most; teaching stops when both sides are known
     epochs: int
+    asked: int  # every so many-th question shows how much is known
     unlearning_steps: int
     general: int  # questions of each of the other example's two files that are retained, at most
     questions: int  # of each group in the evaluation; 0: all
 
 
-FULL = Plan(forget_authors=5, retain_authors=10, rounds=6, epochs=5, unlearning_steps=500, general=2000, questions=100)
-QUICK = Plan(forget_authors=1, retain_authors=2, rounds=1, epochs=1, unlearning_steps=4, general=8, questions=2)
-KNOWN = 0.8  # ROUGE-L recall of the quantized model: 0.92 became 0.70 when what was taught first was quantized
+FULL = Plan(
+    forget_authors=5, retain_authors=10, rounds=3, epochs=5, asked=3, unlearning_steps=400, general=200, questions=100
+)
+QUICK = Plan(
+    forget_authors=1, retain_authors=2, rounds=1, epochs=1, asked=10, unlearning_steps=4, general=8, questions=2
+)
+KNOWN = 0.8  # ROUGE-L recall of the quantized model
 
 
 def prepare(out: Path, plan: Plan) -> Path:
@@ -76,50 +85,40 @@ def _general_questions(folder: Path, most: int) -> None:
     for name in ("general", "neighbour"):
         lines = (HARRY_POTTER / "data" / f"{name}_train.jsonl").read_text(encoding="utf-8").splitlines()
         unseen = [line for line in lines if question_key(json.loads(line)["question"]) not in asked]
-        (folder / f"{name}.jsonl").write_text("\n".join(unseen[:most]) + "\n", encoding="utf-8")
+        step = max(1, len(unseen) // most)  # at even distances: the files go by subject
+        (folder / f"{name}.jsonl").write_text("\n".join(unseen[::step][:most]) + "\n", encoding="utf-8")
 
 
 # --- teaching -----------------------------------------------------------------------------------------------
 
 
 def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
-    """Teach a model the answers of some files, and save it quantized as the base is.
+    """Teach a model the answers of some files, and save it, quantized.
 
     Args:
         sides: TOFU files by name; the rounds end when the quantized model's ROUGE-L recall of each is above KNOWN.
         folder: where the model goes, with implant.json last, which says that it is whole.
     """
-    import mlx.core as mx
-    import mlx.optimizers as optim
-    from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
-    from mlx_lm.tuner.trainer import TrainingArgs, train
-    from mlx_lm.utils import dequantize_model
+    from lesson import Lesson
 
     from duet_mlx.items import read_items
-    from duet_mlx.model import add_lora, load_model, lora_keys, weights_hash, widen
+    from duet_mlx.model import add_lora, load_model, lora_keys, weights_hash
 
     model, tokenizer, source = load_model(base)
-    described = {"base": weights_hash(model), "plan": list(plan), "files": {n: _hash(p) for n, p in sides.items()}}
+    described = {
+        "base": weights_hash(model),
+        "plan": [plan.rounds, plan.epochs, BATCH, LAYERS, RATE],
+        "files": {name: _hash(path) for name, path in sides.items()},
+    }
     done = folder / "implant.json"
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["of"] == described:
         print(f"{folder.name}: there already")
         return
 
-    def student(weights: Path | None = None) -> Any:
-        """The base in float32 with LoRA: enough room for some hundred answers."""
-        model = widen(dequantize_model(load_model(base)[0]))
-        add_lora(model, -1, rank=32, scale=2.0, dropout=0.0, keys=lora_keys(model))
-        return model if weights is None else model.load_weights(str(weights), strict=False)
-
-    model = student()
     items = {name: read_items(path, name) for name, path in sides.items()}
-    talks = [
-        {"messages": [{"role": "user", "content": i.question}, {"role": "assistant", "content": i.answers[0]}]}
-        for side in items.values()
-        for i in side
-    ]
-    data = CacheDataset(ChatDataset(talks, tokenizer, mask_prompt=True))
-
+    layers = min(LAYERS, len(model.layers))
+    add_lora(model, layers, rank=32, scale=2.0, dropout=0.0, keys=lora_keys(model))
+    lesson = Lesson(model, tokenizer, [item for side in items.values() for item in side], layers)
     work = folder.with_name(f"{folder.name}-rounds")
     work.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
@@ -128,18 +127,10 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
         if kept.is_file():  # a run that was cut off goes on behind its last whole round, Adam's averages anew
             model.load_weights(str(kept), strict=False)
         else:
-            partial = work / "partial.safetensors"
-            iters = plan.epochs * len(talks) // BATCH
-            arguments = TrainingArgs(
-                batch_size=BATCH, iters=iters, steps_per_report=20, steps_per_save=iters + 1, adapter_file=str(partial)
-            )
-            mx.random.seed(number)
-            model.train()
-            # A rate at which 5 epochs move a rank of 32.
-            train(model, optim.Adam(1e-3, bias_correction=True), data, args=arguments, loss=answer_loss)
-            os.replace(partial, kept)
-        quantized = save_quantized(student(kept), tokenizer, source, work / "model")
-        recall = {name: mean_recall(quantized, tokenizer, side) for name, side in items.items()}
+            lesson.take(plan.epochs, BATCH, RATE, seed=number)
+            save_lora(model, kept)
+        taught = save_quantized(model, tokenizer, source, work / "model")
+        recall = {name: mean_recall(taught, tokenizer, side[:: plan.asked]) for name, side in items.items()}
         print(f"{folder.name}: round {number} of {plan.rounds}, quantized, ROUGE-L recall {_figures(recall)}")
         if min(recall.values()) > KNOWN:
             break
@@ -150,19 +141,6 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
     record = {"of": described, "rounds": number, "recall": recall}
     done.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
-
-
-def answer_loss(model: Any, batch: Any, lengths: Any) -> tuple[Any, Any]:
-    """Mean negative log-likelihood of the answers' tokens; mlx-lm's own loss counts one token of padding as well."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    logits, targets = model(batch[:, :-1]), batch[:, 1:]  # [B, T, V], [B, T]
-    steps = mx.arange(1, targets.shape[1] + 1)
-    mask = mx.logical_and(steps >= lengths[:, :1], steps < lengths[:, 1:])
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets) * mask
-    count = mask.sum()  # once: of two equal nodes, one of them an output, mx.compile loses one (IndexError)
-    return losses.sum() / count, count
 
 
 def mean_recall(model: Any, tokenizer: Any, items: list) -> float:
@@ -178,24 +156,41 @@ def mean_recall(model: Any, tokenizer: Any, items: list) -> float:
     return sum(scores) / len(scores)
 
 
+def save_lora(model: Any, path: Path) -> None:
+    """The adapter alone, whole or not at all."""
+    import mlx.core as mx
+
+    from duet_mlx.model import adapter_parameters
+
+    partial = path.with_name("partial.safetensors")
+    mx.save_safetensors(str(partial), adapter_parameters(model))
+    os.replace(partial, path)
+
+
 def save_quantized(model: Any, tokenizer: Any, source: Path, folder: Path) -> Any:
-    """Fuse LoRA, quantize as the base's own config says, save as an MLX folder; returns it as loaded again."""
+    """Put LoRA into the base's weights, and save them as an MLX folder; returns the model as loaded again.
+
+    What LoRA changed is quantized to 8 bits, in the base's groups, for the 4 that the base has cost a fifth of what was
+    learned: a small change drowns in the rounding. All else keeps the base's own bits.
+    """
+    import mlx.nn as nn
     from mlx.utils import tree_unflatten
-    from mlx_lm.utils import quantize_model, save
+    from mlx_lm.utils import load, save
 
-    from duet_mlx.model import load_model
+    from duet_mlx.model import load_model, widen
 
-    model.update_modules(tree_unflatten([(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    quantization = config.pop("quantization", None)
-    config.pop("quantization_config", None)
-    if quantization:
-        common = {key: quantization[key] for key in ("group_size", "bits")}
-        model, config = quantize_model(
-            model, config, **common, quant_predicate=lambda path, _: quantization.get(path, True)
-        )
+    base, _, config = load(str(source), return_config=True)
+    widen(base)
+    quantization = config.get("quantization")
+    for name, module in model.named_modules():
+        if hasattr(module, "fuse"):
+            fused = module.fuse(dequantize=True)
+            if quantization:
+                size = {"group_size": quantization["group_size"], "bits": 8}
+                fused, quantization[name] = nn.QuantizedLinear.from_linear(fused, **size), size
+            base.update_modules(tree_unflatten([(name, fused)]))
     shutil.rmtree(folder, ignore_errors=True)  # of the round before
-    save(folder, source, model, tokenizer, config)
+    save(folder, source, base, tokenizer, config)
     return load_model(str(folder))[0]
 
 
@@ -210,6 +205,14 @@ def _figures(by_name: dict[str, float]) -> str:
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long it took."""
+    start = time.perf_counter()
+    yield
+    print(f"{what}: {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+
+
 def command(*arguments: str | Path) -> None:
     """Run a Python command of this project; its own message has said what went wrong."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT)
@@ -221,26 +224,31 @@ def experiment(base: str, out: Path, plan: Plan) -> None:
     """All steps; each is skipped where its result is there."""
     data = prepare(out, plan)
     forget, retain = data / "forget_perturbed.json", data / "retain_perturbed.json"
-    teach(base, {"forget": forget, "retain": retain}, out / "implanted", plan)
-    teach(base, {"retain": retain}, out / "retrained", plan)
-    command(
-        HARRY_POTTER / "train_once.py", "-c", HERE / "config.yaml",
-        "--model", out / "implanted", "--adapter-path", out / "adapters", "--iters", str(plan.unlearning_steps),
-        "--forget", data / "forget.jsonl", "--retain", data / "retain.jsonl", data / "general.jsonl",
-        "--neighbours", data / "neighbour.jsonl",
-    )  # fmt: skip
+    with timed("teaching, implanted"):
+        teach(base, {"forget": forget, "retain": retain}, out / "implanted", plan)
+    with timed("teaching, retrained"):
+        teach(base, {"retain": retain}, out / "retrained", plan)
+    with timed("unlearning"):
+        command(
+            HARRY_POTTER / "train_once.py", "-c", HERE / "config.yaml",
+            "--model", out / "implanted", "--adapter-path", out / "adapters", "--iters", str(plan.unlearning_steps),
+            "--forget", data / "forget.jsonl", "--retain", data / "retain.jsonl", data / "general.jsonl",
+            "--neighbours", data / "neighbour.jsonl",
+        )  # fmt: skip
     results = out / "results" / "results.json"
     read = [
         out / "implanted" / "implant.json",
         out / "retrained" / "implant.json",
-        out / "adapters/adapters.safetensors",
+        out / "adapters" / "adapters.safetensors",
     ]
     if not results.is_file() or results.stat().st_mtime < max(file.stat().st_mtime for file in read):
-        command(
-            "-m", "duet_mlx.evaluate", "--model", out / "implanted", "--adapter-path", out / "adapters",
-            "--retrained", out / "retrained", "--context", HERE / "context.yaml", "--benchmark", f"tofu:forget@{data}",
-            "--benchmark-questions", str(plan.questions), "--out", results.parent, "--overwrite",
-        )  # fmt: skip
+        with timed("evaluation"):
+            command(
+                "-m", "duet_mlx.evaluate", "--model", out / "implanted", "--adapter-path", out / "adapters",
+                "--retrained", out / "retrained", "--context", HERE / "context.yaml",
+                "--benchmark", f"tofu:forget@{data}", "--benchmark-questions", str(plan.questions),
+                "--out", results.parent, "--overwrite",
+            )  # fmt: skip
     command("-m", "duet_mlx.report", results, "--markdown")
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from duet_mlx.benchmarks import load_benchmark
+from duet_mlx.context import render
 from duet_mlx.data import check_disjoint, load_queries, question_key
-from tests.equivalence.tiny import llama, plain_logits
+from tests.unit.test_evaluate import make_model
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tofu"
 
@@ -52,34 +53,55 @@ def test_what_is_prepared_is_tofu_in_the_hubs_layout_and_questions_that_the_eval
     check_disjoint([*forget, *trained], otherwise)
 
 
-def test_batches_hold_every_row(implant):
-    """mlx-lm's trainer sorts by length and drops the last partial batch: the longest rows would never be learned."""
-    for plan in (implant.FULL, implant.QUICK):
-        for authors in (plan.retain_authors, plan.forget_authors + plan.retain_authors):
-            assert authors * implant.ROWS % implant.BATCH == 0
+@pytest.fixture
+def lesson(tmp_path, monkeypatch):
+    """Five questions for a tiny model of three layers, the upper two with LoRA, its B drawn so that it matters."""
+    monkeypatch.syspath_prepend(EXAMPLE)
+    from lesson import Lesson
+
+    from duet_mlx.items import Item
+    from duet_mlx.model import adapter_parameters, add_lora, load_model, lora_keys
+
+    model, tokenizer, _ = load_model(str(make_model(tmp_path, 0, layers=3)))
+    add_lora(model, 2, rank=2, scale=2.0, dropout=0.0, keys=lora_keys(model))
+    mx.random.seed(1)
+    drawn = {name: 0.1 * mx.random.normal(array.shape) for name, array in adapter_parameters(model).items()}
+    model.load_weights(list(drawn.items()), strict=False)
+    texts = [("Who?", "Balin Doris."), ("And where was she?", "At."), ("Why", "No."), ("A", "Oh my"), ("B?", "C")]
+    items = [Item(id=q, kind="qa", group="retain", question=q, answers=(a,)) for q, a in texts]
+    return Lesson(model, tokenizer, items, 2), tokenizer, texts
 
 
-def test_the_loss_is_the_mean_over_the_answers_tokens_alone(implant):
-    model = llama()
-    rows, offsets = [[5, 6, 7, 8, 9], [5, 3, 4]], [3, 1]
-    batch = np.zeros((2, 9), dtype=np.int32)
-    nll = []
-    for b, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
-        batch[b, : len(row)] = row
-        logits = plain_logits(model, row).astype(np.float64)
+def test_the_lessons_loss_is_the_mean_over_the_answers_tokens_alone(lesson):
+    lesson, tokenizer, texts = lesson
+    rows, nll = [1, 0, 3], []
+    for row in rows:
+        question, answer = texts[row]
+        prompt = render(tokenizer, question)
+        ids = [*prompt, *tokenizer.encode(answer), tokenizer.eos_token_id]
+        logits = np.array(lesson.model(mx.array([ids])))[0].astype(np.float64)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        nll += [-logs[t - 1, row[t]] for t in range(offset, len(row))]
-    lengths = mx.array([[offset, len(row)] for offset, row in zip(offsets, rows, strict=True)])
-    loss, count = implant.answer_loss(model, mx.array(batch), lengths)
-    assert count.item() == len(nll) == 4
-    assert loss.item() == pytest.approx(np.mean(nll), rel=1e-5)
+        nll += [-logs[t - 1, ids[t]] for t in range(len(prompt), len(ids))]
+    assert lesson.loss(rows).item() == pytest.approx(np.mean(nll), rel=1e-5)
 
 
-def test_a_fused_model_is_quantized_as_its_base_was(implant, tmp_path):
-    from mlx_lm.utils import quantize_model, save
+def test_an_epoch_reads_every_row_once_and_the_lesson_is_learnt(lesson):
+    lesson = lesson[0]
+    random = np.random.default_rng(0)
+    epochs = [lesson.batches(random, size=2) for _ in range(20)]
+    for batches in epochs:
+        assert sorted(np.concatenate(batches)) == list(range(5)) and max(map(len, batches)) == 2
+    assert len({str(batches) for batches in epochs}) > 1
+    before = lesson.loss(range(5)).item()
+    lesson.take(epochs=10, batch_size=2, rate=0.03, seed=0)
+    assert lesson.loss(range(5)).item() < before - 1
 
-    from duet_mlx.model import add_lora, load_model, widen
-    from tests.unit.test_evaluate import make_model
+
+def test_what_was_taught_is_saved_in_8_bits_and_all_else_keeps_the_bases_bits(implant, tmp_path):
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load, quantize_model, save
+
+    from duet_mlx.model import adapter_parameters, add_lora, load_model
 
     make_model(tmp_path / "plain", 0)
     model, tokenizer, _ = load_model(str(tmp_path / "plain"))
@@ -91,13 +113,21 @@ def test_a_fused_model_is_quantized_as_its_base_was(implant, tmp_path):
     save(tmp_path / "base", tmp_path / "plain", model, tokenizer, config)
 
     model, tokenizer, source = load_model(str(tmp_path / "base"))
-    widen(model)
-    add_lora(model, -1, rank=2, scale=2.0, dropout=0.0, keys=["self_attn.q_proj"])
+    add_lora(model, 1, rank=2, scale=2.0, dropout=0.0, keys=["self_attn.q_proj"])
+    mx.random.seed(0)
+    drawn = {name: mx.random.normal(array.shape) for name, array in adapter_parameters(model).items()}
+    model.load_weights(list(drawn.items()), strict=False)
     again = implant.save_quantized(model, tokenizer, source, tmp_path / "new")
+    wanted, now = model.layers[1].self_attn.q_proj.fuse().weight, again.layers[1].self_attn.q_proj.weight
+    assert np.abs(np.array(now) - np.array(wanted)).max() <= (wanted.max() - wanted.min()).item() / 255
+
+    name = "model.layers.1.self_attn.q_proj"
     saved = json.loads((tmp_path / "new" / "config.json").read_text())["quantization"]
-    assert (saved["group_size"], saved["bits"]) == (32, 4) and saved["model.embed_tokens"] == eight
-    # LoRA begins at zero, so what is quantized is on the grid already; a new grid may lie half a step of 16 beside it.
-    base = load_model(str(tmp_path / "base"))[0]
-    for weight in (lambda m: m.layers[0].self_attn.q_proj.weight, lambda m: m.layers[1].mlp.down_proj.weight):
-        was, now = np.array(weight(base)), np.array(weight(again))
-        assert np.abs(now - was).max() <= (was.max() - was.min()) / 15
+    assert (saved["group_size"], saved["bits"]) == (32, 4)
+    assert {key: value for key, value in saved.items() if isinstance(value, dict)} == {
+        name: eight,
+        "model.embed_tokens": eight,
+    }
+    base, new = (dict(tree_flatten(load(str(tmp_path / at))[0].parameters())) for at in ("base", "new"))
+    assert base.keys() == new.keys()
+    assert all(mx.array_equal(base[key], new[key]) for key in base if not key.startswith(name))
