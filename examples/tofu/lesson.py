@@ -17,10 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from duet_mlx.context import render
-from duet_mlx.generate import branch, common_prefix, encode_prefix, pad
+from duet_mlx.generate import branch, common_prefix, encode_prefix, pad, streams
 from duet_mlx.head import check_head, logits_at
 from duet_mlx.items import Item
-from duet_mlx.loop import all_cores
 from duet_mlx.lower import entering, hidden_states
 from duet_mlx.probe import answer_ids
 
@@ -40,17 +39,26 @@ class Lesson:
         self.lower, self.hidden = hidden_states(model, first, self.prefix, self.sequences)
 
     def loss(self, rows: Sequence[int]) -> mx.array:
-        """Mean negative log-likelihood of the tokens of B rows' answers, a number."""
+        """Mean negative log-likelihood of the tokens of these rows' answers; each stream has a part of the rows."""
+        with entering(self.model, self.lower.layer, self.lower.prefix):
+            shared = encode_prefix(self.model, self.prefix)
+        parts = []
+        for part, stream in zip(np.array_split(rows, len(streams())), streams(), strict=True):
+            if len(part):
+                with mx.stream(stream):
+                    parts.append(self.summed(part, shared))
+        return sum(parts) / sum(len(self.answers[row]) for row in rows)
+
+    def summed(self, rows: Sequence[int], shared: list) -> mx.array:
+        """The sum over the tokens of B rows' answers, behind the shared prefix."""
         labels, tokens = pad([self.answers[row] for row in rows]), pad([self.sequences[row] for row in rows])
         lengths = mx.array([[len(self.answers[row])] for row in rows])
         mask = mx.arange(labels.shape[1]) < lengths  # [B, n]
         start = mx.array([[len(self.suffixes[row]) - 1] for row in rows])
         positions = mx.minimum(start + mx.arange(labels.shape[1]), tokens.shape[1] - 1)
-        with entering(self.model, self.lower.layer, self.lower.prefix):
-            cache = branch(encode_prefix(self.model, self.prefix), len(rows))
         with entering(self.model, self.lower.layer, self.hidden.batch(rows, tokens.shape[1])):
-            logits = logits_at(self.model, tokens, positions, cache=cache, head=self.head)  # [B, n, V]
-        return (nn.losses.cross_entropy(logits, labels) * mask).sum() / mask.sum()
+            logits = logits_at(self.model, tokens, positions, cache=branch(shared, len(rows)), head=self.head)
+        return (nn.losses.cross_entropy(logits, labels) * mask).sum()  # of [B, n, V] and [B, n]
 
     def take(self, epochs: int, batch_size: int, rate: float, seed: int) -> None:
         """Adam over all answers `epochs` times, at a rate that falls to zero."""
@@ -59,7 +67,7 @@ class Lesson:
         optimizer = optim.Adam(optim.cosine_decay(rate, steps), bias_correction=True)
         gradient_of = nn.value_and_grad(self.model, lambda _, rows: self.loss(rows))
         self.model.train()
-        with tqdm(total=steps, unit="step", file=sys.stdout, mininterval=5) as bar, all_cores():
+        with tqdm(total=steps, unit="step", file=sys.stdout, mininterval=5) as bar:
             for _ in range(epochs):
                 for rows in self.batches(random, batch_size):
                     value, gradient = gradient_of(self.model, rows)
