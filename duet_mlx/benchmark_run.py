@@ -75,7 +75,9 @@ def check_prompts(
                 tokens = len(prompt_of(tokenizer, item, context, settings.system))
                 behind = f" behind the context {context.name!r}" if context else ""
                 place = f"--benchmark {name}: {item.id}{behind}"
-                check_fits(place, item.question, tokens, n, "the model's window", limit)
+                # Without the context it has fitted: that was asked first.
+                way_out = f'shorten the context "{context.name}"' if context else "shorten or drop the question"
+                check_fits(place, item.question, tokens, n, "the model's window", limit, way_out)
 
 
 def replies_of(

@@ -93,8 +93,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     for number, (place, prompt) in enumerate(prompts, 1):
         asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
     contexts = _contexts(settings, forget + groups.get(TRAINED, []))
-    beside = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
-    metas = report.metas_beside(settings.beside)
+    beside, metas = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, f"--out {settings.out}")
     with only_run_in(Path(settings.out), "--out"):

@@ -27,33 +27,28 @@ ASKED = (
 )  # fmt: skip
 
 
-def load_beside(specs: Sequence[str], taken: Sequence[str]) -> list[Row]:
-    """The 'unlearned' rows of other evaluations under other names, from "NAME=results.json" each.
+def load_beside(specs: Sequence[str], taken: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
+    """The 'unlearned' rows of other evaluations, from "NAME=results.json" each, and each one's `meta` by its name.
 
     Raises:
         ConfigError: not of that form, a name twice, or one of `taken`.  DataError: not such a file.
     """
     rows: list[Row] = []
-    names = list(taken)
+    metas: dict[str, Any] = {}
     for spec in specs:
         name, equals, path = spec.partition("=")
         name = name.strip()
         if not (equals and name and name.isprintable() and path):
             raise ConfigError(f"--beside {spec!r}: expected NAME=results.json, the name on one line")
-        if name in names:
+        if name in taken or name in metas:
             raise ConfigError(f"--beside {spec}: there is a column {name!r} already; choose another name")
-        names.append(name)
-        found = [row for row in load_results(path)["rows"] if row["model"] == "unlearned"]
+        results = load_results(path)
+        metas[name] = results.get("meta")
+        found = [row for row in results["rows"] if row["model"] == "unlearned"]
         if not found:
             raise DataError(f"{path}: no rows of a model 'unlearned', so nothing to show as {name!r}")
         rows += [{**row, "model": name, "source": {"file": path, "sha256": file_hash(path)}} for row in found]
-    return rows
-
-
-def metas_beside(specs: Sequence[str]) -> dict[str, Any]:
-    """The `meta` of each evaluation that `load_beside` takes a column from, by the column's name."""
-    pairs = (spec.partition("=") for spec in specs)
-    return {name.strip(): load_results(path).get("meta") for name, _, path in pairs}
+    return rows, metas
 
 
 def note_unlike(others: dict[str, Any], meta: Any) -> None:
@@ -184,8 +179,9 @@ def main() -> None:
     parser.add_argument("--beside", nargs="+", default=[], metavar="NAME=FILE", help="columns of other results.json")
     args = parser.parse_args()
     results = load_results(args.results)
-    results["rows"] += load_beside(args.beside, models_of(results["rows"]))
-    note_unlike(metas_beside(args.beside), results.get("meta"))
+    rows, metas = load_beside(args.beside, models_of(results["rows"]))
+    results["rows"] += rows
+    note_unlike(metas, results.get("meta"))
     if args.markdown:
         print(markdown_table(results))
     else:

@@ -189,7 +189,7 @@ def test_the_picture_is_drawn_with_what_there_is_and_is_the_same_twice(results, 
 def test_beside_renames_the_unlearned_rows(results, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results))
-    rows = report.load_beside([f"paper={file}"], ("base", "unlearned"))
+    rows, _ = report.load_beside([f"paper={file}"], ("base", "unlearned"))
     assert {r["model"] for r in rows} == {"paper"} and len(rows) == 8
     assert rows[0]["source"]["file"] == str(file)
 
@@ -231,7 +231,8 @@ def test_a_column_that_was_measured_in_another_way_does_not_stand_beside_without
 
 def test_a_file_without_meta_is_shown_beside(results, tmp_path, capsys):
     (tmp_path / "r.json").write_text(json.dumps({"rows": results["rows"]}))
-    report.note_unlike(report.metas_beside([f"seed 1={tmp_path / 'r.json'}"]), META)
+    _, metas = report.load_beside([f"seed 1={tmp_path / 'r.json'}"], ())
+    report.note_unlike(metas, META)
     assert capsys.readouterr().err == ""
 
 
@@ -301,7 +302,7 @@ def test_any_name_of_a_column_is_shown_as_it_is(name, results, tmp_path, monkeyp
         ),
     )
     (tmp_path / "r.json").write_text(json.dumps(results))
-    results["rows"] += report.load_beside([f"{name}={tmp_path / 'r.json'}"], ("base", "unlearned"))
+    results["rows"] += report.load_beside([f"{name}={tmp_path / 'r.json'}"], ("base", "unlearned"))[0]
     picture(results, tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     assert named.count(legend_name(name)) == 1
