@@ -170,7 +170,8 @@ def test_a_question_that_fits_by_itself_and_not_behind_the_context_is_an_error_t
 
     words, _ = load_tokenizer(str(room / "model"))
     benchmarks = {"b": [Item("f:1", "forget", "qa", "Who?")]}
-    with pytest.raises(DataError, match="--benchmark b: f:1 behind the context 'long': .* window of 2048: .* shorten the context \"long\""):
+    said = "--benchmark b: f:1 behind the context 'long': .* window of 2048: .* shorten the context \"long\""
+    with pytest.raises(DataError, match=said):
         benchmark_run.check_prompts(words, benchmarks, [Context("long", LONG)], settings, 2048)
 
 
