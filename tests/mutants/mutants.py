@@ -612,6 +612,13 @@ BACKEND = (
         "tests/equivalence/test_method_invariants.py",
     ),
     Mutant(
+        "duet_mlx/methods.py",
+        "of a batch that is cut, the second part is the first again",
+        "part = batch.rows(places[0], places[-1] + 1)",
+        "part = batch.rows(0, len(places))",
+        "tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
         "duet_mlx/stream.py",
         "a refusal beside the answer to another question",
         "self.refusals[row] for row in rows[:count]]",
