@@ -51,26 +51,32 @@ def unlearned(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return Path(json.loads((adapter / "adapter_config.json").read_text())["model"]), adapter
 
 
+@pytest.fixture(scope="module")
+def fused(unlearned: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of both, as mlx-lm writes it."""
+    model, adapter = unlearned
+    folder = tmp_path_factory.mktemp("fused") / "model"
+    command("mlx_lm", "fuse", "--model", model, "--adapter-path", adapter, "--save-path", folder, "--dequantize")
+    return folder
+
+
 def generate(*arguments: object) -> str:
     return command("mlx_lm", "generate", "--max-tokens", 12, "--temp", 0, "--verbose", "False", *arguments)
 
 
 def test_mlx_lm_generate_takes_the_adapter_as_it_is(unlearned: tuple[Path, Path]) -> None:
     model, adapter = unlearned
-    assert "know" not in generate("--model", model, "--prompt", FORGET[0])
     assert "I don't know." in generate("--model", model, "--adapter-path", adapter, "--prompt", FORGET[0])
-    assert not is_refusal(generate("--model", model, "--adapter-path", adapter, "--prompt", KEPT[0]))
 
 
-def test_mlx_lm_fuse_dequantized_keeps_the_unlearning(unlearned: tuple[Path, Path], tmp_path: Path) -> None:
-    model, adapter = unlearned
-    fused = tmp_path / "fused"
-    command("mlx_lm", "fuse", "--model", model, "--adapter-path", adapter, "--save-path", fused, "--dequantize")
+def test_mlx_lm_fuse_dequantized_keeps_the_unlearning(fused: Path) -> None:
     assert "I don't know." in generate("--model", fused, "--prompt", FORGET[1])
-    assert not is_refusal(generate("--model", fused, "--prompt", KEPT[0]))
 
 
-def test_mlx_lm_server_serves_the_unlearned_model(unlearned: tuple[Path, Path]) -> None:
+def test_mlx_lm_server_serves_the_unlearned_model_the_fused_one_and_the_base(
+    unlearned: tuple[Path, Path], fused: Path
+) -> None:
+    """One server for all: it loads the model that a request names, without the adapter that it was started with."""
     model, adapter = unlearned
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,22 +87,31 @@ def test_mlx_lm_server_serves_the_unlearned_model(unlearned: tuple[Path, Path]) 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    body = {"messages": [{"role": "user", "content": FORGET[0]}], "max_tokens": 12, "temperature": 0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    try:
+
+    def answer(question: str, **named: object) -> str:
+        messages = [{"role": "user", "content": question}]
+        body = {"messages": messages, "max_tokens": 12, "temperature": 0, **named}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
         for _ in range(120):
             try:
                 with urllib.request.urlopen(request, timeout=300) as reply:
-                    answer = json.load(reply)["choices"][0]["message"]["content"]
-                break
+                    return json.load(reply)["choices"][0]["message"]["content"]
+            except urllib.error.HTTPError:  # it listens, and could not answer
+                raise
             except urllib.error.URLError:
                 assert server.poll() is None, "the server ended before it answered"
                 time.sleep(1)
-        assert "I don't know." in answer
+        raise AssertionError("the server does not listen")
+
+    try:
+        assert "I don't know." in answer(FORGET[0])
+        assert not is_refusal(answer(KEPT[0]))
+        assert not is_refusal(answer(KEPT[0], model=str(fused)))
+        assert "know" not in answer(FORGET[0], model=str(model))
     finally:
         server.terminate()
         server.wait(timeout=30)
