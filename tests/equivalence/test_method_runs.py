@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from duet_mlx.data import in_turn
@@ -35,11 +35,10 @@ from reference.teacher import context_of
 from reference.unlearn import Labelled
 from tests.equivalence.noisy import Noisy
 from tests.equivalence.test_whole_runs import check_run, check_step, free_run, restart, rounded, unshrunk
+from tests.equivalence.tiny import shared
 from tests.equivalence.twins import TOKENIZER, Run, runs
 from tests.reference.exact_float64 import exact_float64
 
-# For each method: 10 runs in CI, where 200 for all do not fit into the ten minutes (CONTRIBUTING.md), and 2 in quick.
-few = unshrunk(settings(max_examples=max(2, settings().max_examples // 20)))
 drawn = runs(layers=(2, 2, 2, 3))  # RMU's layer is not the last one
 METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defaults, where they are not told
     "graddiff": {"gamma": 0.7, "alpha": 1.3},
@@ -53,6 +52,7 @@ METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defa
     "rmu": {"layer": 0, "c": 2.0, "alpha": 3.0},
     "kl": {},
 }
+STEPPED = [method for method in METHODS if method != "kl"]
 
 
 def settings_of(run: Run, name: str, **more: Any) -> TrainSettings:
@@ -139,9 +139,9 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
     return [kl_step(chosen.tolist()) for chosen in rows]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS)  # 20 runs of each in CI, 2 in quick
 @given(run=drawn)
-@few
+@unshrunk(shared(len(METHODS)))
 def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
     settings = settings_of(run, method, answer_tokens=4)
     if method == "rmu":  # its layer must be an adapted one
@@ -159,9 +159,9 @@ def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
     check_run(log, final, losses, after)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "kl"])
+@pytest.mark.parametrize("method", STEPPED)
 @given(run=drawn, seed=st.integers(0, 2**32))
-@few
+@unshrunk(shared(len(STEPPED)))
 def test_steps_in_float32_are_the_references_within_rounding(method: str, run: Run, seed: int) -> None:
     Noisy.rng = random.Random(seed)
     settings = settings_of(run, method, answers="gold", num_layers=-1)
