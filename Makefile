@@ -92,7 +92,7 @@ $(OUT)/results.json: $(OUT)/adapters/adapters.safetensors $(MEASURED) $(PAPER)
 $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED)
 	$(evaluate) $(paper_context) > /dev/null
 
-tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable, an hour or two on a CPU)
+tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable; an hour and a half on one CPU core)
 	$(PY) examples/tofu/implant.py
 
 bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in about 11 minutes

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan(
-    forget_authors=5, retain_authors=10, rounds=3, epochs=5, asked=3, unlearning_steps=300, general=200, questions=100
+    forget_authors=5, retain_authors=10, rounds=3, epochs=5, asked=3, unlearning_steps=300, general=200, questions=50
 )
 QUICK = Plan(
     forget_authors=1, retain_authors=2, rounds=1, epochs=1, asked=10, unlearning_steps=4, general=8, questions=2
@@ -92,8 +92,8 @@ def _general_questions(folder: Path, most: int) -> None:
 # --- teaching -----------------------------------------------------------------------------------------------
 
 
-def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
-    """Teach a model the answers of some files, and save it, quantized.
+def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> int:
+    """Teach a model the answers of some files, and save it, quantized; returns how many rounds that took.
 
     Args:
         sides: TOFU files by name; the rounds end when the quantized model's ROUGE-L recall of each is above KNOWN.
@@ -111,14 +111,13 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
         "files": {name: _hash(path) for name, path in sides.items()},
     }
     done = folder / "implant.json"
-    if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["of"] == described:
+    if done.is_file() and (record := json.loads(done.read_text(encoding="utf-8")))["of"] == described:
         print(f"{folder.name}: there already")
-        return
+        return record["rounds"]
 
     items = {name: read_items(path, name) for name, path in sides.items()}
-    layers = min(LAYERS, len(model.layers))
-    add_lora(model, layers, rank=32, scale=2.0, dropout=0.0, keys=lora_keys(model))
-    lesson = Lesson(model, tokenizer, [item for side in items.values() for item in side], layers)
+    add_lora(model, LAYERS, rank=32, scale=2.0, dropout=0.0, keys=lora_keys(model))
+    lesson = Lesson(model, tokenizer, [item for side in items.values() for item in side], LAYERS)
     work = folder.with_name(f"{folder.name}-rounds")
     work.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
@@ -141,6 +140,7 @@ def teach(base: str, sides: dict[str, Path], folder: Path, plan: Plan) -> None:
     record = {"of": described, "rounds": number, "recall": recall}
     done.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
+    return number
 
 
 def mean_recall(model: Any, tokenizer: Any, items: list) -> float:
@@ -225,9 +225,9 @@ def experiment(base: str, out: Path, plan: Plan) -> None:
     data = prepare(out, plan)
     forget, retain = data / "forget_perturbed.json", data / "retain_perturbed.json"
     with timed("teaching, implanted"):
-        teach(base, {"forget": forget, "retain": retain}, out / "implanted", plan)
+        rounds = teach(base, {"forget": forget, "retain": retain}, out / "implanted", plan)
     with timed("teaching, retrained"):
-        teach(base, {"retain": retain}, out / "retrained", plan)
+        teach(base, {"retain": retain}, out / "retrained", plan._replace(rounds=rounds))  # the same epochs
     with timed("unlearning"):
         command(
             HARRY_POTTER / "train_once.py", "-c", HERE / "config.yaml",
@@ -245,9 +245,8 @@ def experiment(base: str, out: Path, plan: Plan) -> None:
         with timed("evaluation"):
             command(
                 "-m", "duet_mlx.evaluate", "--model", out / "implanted", "--adapter-path", out / "adapters",
-                "--retrained", out / "retrained", "--context", HERE / "context.yaml",
-                "--benchmark", f"tofu:forget@{data}", "--benchmark-questions", str(plan.questions),
-                "--out", results.parent, "--overwrite",
+                "--retrained", out / "retrained", "--benchmark", f"tofu:forget@{data}",
+                "--benchmark-questions", str(plan.questions), "--out", results.parent, "--overwrite",
             )  # fmt: skip
     command("-m", "duet_mlx.report", results, "--markdown")
 
