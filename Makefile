@@ -95,7 +95,7 @@ $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED
 tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable; an hour and a half on one CPU core)
 	$(PY) examples/tofu/implant.py
 
-bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in about 11 minutes
+bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in about ten minutes
 	$(PY) -m benchmarks
 
 # ---- development ----

@@ -62,10 +62,10 @@ def main() -> None:
         model=given.model, positions=4, top_k=100, candidates="teacher", retain_context="teacher", center=False,
         first_share=0.0, batch_size=8,
     )  # fmt: skip
-    growing = (128, 256, 512, *((1_000, 10_000) if given.full else ()))  # 128 are decoded at once
+    growing = (128, 256, 384, *((1_000, 10_000) if given.full else ()))  # 128 are decoded at once
     bench = Bench(
-        given.model, loaded, tokenizer, queries, settings, context_tokens=500, taught=200, alone=4, asked=64,
-        growing=growing, repeats=3, memory=given.memory * 1e9, shapes=SHAPES,
+        given.model, loaded, tokenizer, queries, settings, context_tokens=500, taught=200, alone=4, asked=48,
+        growing=growing, repeats=2, memory=given.memory * 1e9, shapes=SHAPES,
     )  # fmt: skip
     if given.quick:
         small = replace(settings, top_k=5, batch_size=4)

@@ -132,7 +132,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
     """Greedy answers of 32 tokens: batches that share their prefix against `mlx_lm.generate`, one by one."""
     prompts = [render(bench.tokenizer, query.question) for query in bench.queries[: bench.asked]]
     stop, head = stop_ids(bench.tokenizer), find_head(bench.model)
-    few = prompts[:: max(1, len(prompts) // 4)][:4]
+    few = prompts[:: max(1, len(prompts) // 2)][:2]
     greedy(bench.model, few[:1], 2, stop, head=head)  # a GPU's kernels are loaded at their first use
     generate_in_a_loop(bench.model, bench.tokenizer, few[:1], 2)
     ours, _ = once(lambda: greedy(bench.model, prompts, 32, stop, head=head) and None)
