@@ -160,11 +160,10 @@ def save_lora(model: Any, path: Path) -> None:
     """The adapter alone, whole or not at all."""
     import mlx.core as mx
 
+    from duet_mlx.files import write_files
     from duet_mlx.model import adapter_parameters
 
-    partial = path.with_name("partial.safetensors")
-    mx.save_safetensors(str(partial), adapter_parameters(model))
-    os.replace(partial, path)
+    write_files(path.parent, {path.name: lambda file: mx.save_safetensors(str(file), adapter_parameters(model))})
 
 
 def save_quantized(model: Any, tokenizer: Any, source: Path, folder: Path) -> Any:
