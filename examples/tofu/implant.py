@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan(
-    forget_authors=5, retain_authors=10, rounds=3, epochs=5, asked=3, unlearning_steps=300, general=200, questions=50
+    forget_authors=5, retain_authors=10, rounds=3, epochs=8, asked=1, unlearning_steps=300, general=200, questions=100
 )
 QUICK = Plan(
     forget_authors=1, retain_authors=2, rounds=1, epochs=1, asked=10, unlearning_steps=4, general=8, questions=2
