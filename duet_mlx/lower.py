@@ -63,7 +63,10 @@ def _standing_in(model: nn.Module, kept: slice, at: int, answer: Callable) -> It
 
 @contextmanager
 def entering(model: nn.Module, layer: int, hidden: mx.array) -> Iterator[None]:
-    """While inside, the model begins at `layer`, where `hidden` [B, T, D] comes in; it has that many layers less."""
+    """While inside, the model begins at `layer`, where `hidden` [B, T, D] comes in; it has that many layers less.
+
+    It comes in at each call, so what belongs to it goes through the model in one.
+    """
     with _standing_in(model, slice(layer, None), layer, lambda call, x, *rest, **more: call(hidden, *rest, **more)):
         yield
 

@@ -41,7 +41,7 @@ class Lesson:
     def loss(self, rows: Sequence[int]) -> mx.array:
         """Mean negative log-likelihood of the tokens of these rows' answers; each stream has a part of the rows."""
         with entering(self.model, self.lower.layer, self.lower.prefix):
-            shared = encode_prefix(self.model, self.prefix)
+            shared = encode_prefix(self.model, self.prefix, whole=True)
         parts = []
         for part, stream in zip(np.array_split(rows, len(streams())), streams(), strict=True):
             if len(part):

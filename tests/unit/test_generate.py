@@ -8,6 +8,7 @@ import pytest
 from mlx_lm.models import gemma2
 from mlx_lm.models.cache import make_prompt_cache
 
+from duet_mlx import generate
 from duet_mlx.generate import (
     batches,
     can_branch,
@@ -125,7 +126,9 @@ def test_the_prefix_leaves_a_token_to_each():
     assert common_prefix([[1], [2]]) == 0
 
 
-def test_the_prefix_is_what_a_models_own_cache_holds():
+@pytest.mark.parametrize("piece", [1, 2, 256])
+def test_the_prefix_is_what_a_models_own_cache_holds(piece, monkeypatch):
+    monkeypatch.setattr(generate, "PIECE", piece)
     model = llama()
     prefix = encode_prefix(model, [1, 2, 3])
     cache = make_prompt_cache(model)
