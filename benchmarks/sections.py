@@ -24,6 +24,7 @@ from duet_mlx.estimate import estimate
 from duet_mlx.generate import common_prefix, decode, greedy, stop_ids
 from duet_mlx.head import find_head, head_rows
 from duet_mlx.kept_targets import saved_or_built
+from duet_mlx.methods import in_parts
 from duet_mlx.model import on_gpu
 from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets, rows_at_once, topk
@@ -159,12 +160,11 @@ def padding(bench: Bench) -> Iterator[Row]:
         empty, words = np.zeros((count, n, 1)), np.zeros((count, n - 1), dtype=int)
         stream = Stream(prompts, Targets(empty, empty, empty, mask, words), prefix)
         steps = stream.schedule(forget, kept, demo)
-        widths = [stream.width(rows) for rows in steps]
-        read = sum(width * len(rows) for width, rows in zip(widths, steps, strict=True))
-        wasted = 1 - sum(int(stream.lengths[rows].sum()) for rows in steps) / read
+        parts = [part.tokens for rows in steps for part in in_parts(stream.batch(rows))[0]]
+        wasted = 1 - sum(int(stream.lengths[rows].sum()) for rows in steps) / sum(part.size for part in parts)
         yield Row(
             f"padding wasted, 400 batches, {what}", f"{100 * wasted:.1f} %", "", wasted, "≤ 0.1",
-            f"{len(set(widths))} shapes, widths in steps of {stream.multiple}",
+            f"{len({part.shape for part in parts})} shapes, widths in steps of {stream.multiple}",
         )  # fmt: skip
 
 

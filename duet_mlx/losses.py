@@ -20,11 +20,10 @@ class Batch(NamedTuple):
     states: mx.array | None = None  # [B, n, D], hidden states of the frozen model, for methods that read them
     forget: int = 0  # how many rows, the first ones, are forget queries (methods with refusals: as many rows more)
 
-    def rows(self, start: int, stop: int) -> Batch:
-        """These queries alone; `forget` stays what it is of the whole batch."""
-        return self._replace(
-            **{n: part[start:stop] for n, part in self._asdict().items() if isinstance(part, mx.array)}
-        )
+    def rows(self, chosen: slice | mx.array, width: int | None = None) -> Batch:
+        """These queries alone, the first `width` tokens of each; `forget` stays what it is of the whole batch."""
+        few = {name: part[chosen] for name, part in self._asdict().items() if isinstance(part, mx.array)}
+        return self._replace(**few | {name: few[name][:, :width] for name in ("tokens", "hidden") if name in few})
 
 
 def topk_huber(

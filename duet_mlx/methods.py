@@ -52,7 +52,7 @@ class Reading(NamedTuple):
     def rows(self, start: int, stop: int) -> Reading:
         """These queries alone."""
         base = None if self.base is None else self.base[start:stop]
-        return Reading(self.student[start:stop], base, self.batch.rows(start, stop))
+        return Reading(self.student[start:stop], base, self.batch.rows(slice(start, stop)))
 
 
 class Method(NamedTuple):
@@ -226,7 +226,7 @@ def reading(
     """What the student gives at the supervised positions, and the frozen model beside it.
 
     The shared prefix is run once for the whole batch; its keys and values are broadcast, and gradients flow through.
-    A batch is cut into one part a stream, as decoding is: on a CPU half of a step's time are kernels of one core.
+    On a CPU a batch is cut into one part a stream, as decoding is: half of a step's time are kernels of one core.
     With `lower`, the model begins at its first adapted layer, from `batch.hidden`.
     """
     import mlx.core as mx
@@ -241,22 +241,40 @@ def reading(
     shared = None
     if prefix:
         with begin(lower and lower.prefix):
-            shared = encode_prefix(model, prefix)
-    parts = []
-    at_once = min(len(streams()), len(batch.tokens), max(1, batch.tokens.size // PART))
-    for places, stream in zip(np.array_split(np.arange(len(batch.tokens)), at_once), streams(), strict=False):
-        part = batch.rows(places[0], places[-1] + 1)
+            shared = encode_prefix(model, prefix, whole=lower is not None)
+    read = []
+    parts, back = in_parts(batch)
+    for part, stream in zip(parts, streams(), strict=False):
         with mx.stream(stream), begin(part.hidden):
-            cache = branch(shared, len(places)) if shared else None
+            cache = branch(shared, len(part.tokens)) if shared else None
             if method.frozen == "layer":
                 inside = layer - (lower.layer if lower else 0)
-                parts.append(layer_output(model, inside, part.tokens, part.positions, cache))
+                read.append(layer_output(model, inside, part.tokens, part.positions, cache))
             else:
                 ids = part.ids if method.frozen == "candidates" else None
-                parts.append(logits_at(model, part.tokens, part.positions, ids, cache, head, part.states))
-    student = mx.concatenate(parts)
+                read.append(logits_at(model, part.tokens, part.positions, ids, cache, head, part.states))
+    student = read[0] if back is None else mx.concatenate(read)[back]
     if method.frozen == "layer":
         return Reading(student, batch.states, batch)
     n = batch.positions.shape[1]
     # The frozen model's states go through the same head as the student's, so one product serves both.
     return Reading(student[:, :n], None if batch.states is None else mx.stop_gradient(student[:, n:]), batch)
+
+
+def in_parts(batch: Batch) -> tuple[list[Batch], mx.array | None]:
+    """A batch in two, its short rows and its long ones, each as wide as its longest, where there are two streams.
+
+    Besides: where each row of the batch is in the two, one after the other; None if the batch is too small for that.
+    """
+    import mlx.core as mx
+
+    from .generate import streams
+
+    if len(streams()) == 1 or len(batch.tokens) == 1 or batch.tokens.size < 2 * PART:
+        return [batch], None
+    lengths = np.array(batch.positions).max(axis=1) + 1  # nothing looks at what comes behind
+    order = np.argsort(lengths, kind="stable")
+    count, widths = np.arange(1, len(order)), lengths[order]
+    short = 1 + int(np.argmin(np.maximum(count * widths[:-1], count[::-1] * widths[-1])))  # equal work, nearly
+    parts = [batch.rows(mx.array(rows), int(lengths[rows[-1]])) for rows in (order[:short], order[short:])]
+    return parts, mx.array(np.argsort(order))

@@ -77,16 +77,17 @@ def prepare(out: Path, plan: Plan) -> Path:
 
 def _general_questions(folder: Path, most: int) -> None:
     """The other example's retain questions, less those that the evaluation asks: these stay unseen."""
-    from duet_mlx.data import question_key
+    from duet_mlx.data import load_queries, question_key, spread
 
     asked = set()
     for file in folder.glob("*_perturbed.json"):
         asked |= {question_key(json.loads(line)["question"]) for line in file.read_text(encoding="utf-8").splitlines()}
     for name in ("general", "neighbour"):
-        lines = (HARRY_POTTER / "data" / f"{name}_train.jsonl").read_text(encoding="utf-8").splitlines()
-        unseen = [line for line in lines if question_key(json.loads(line)["question"]) not in asked]
-        step = max(1, len(unseen) // most)  # at even distances: the files go by subject
-        (folder / f"{name}.jsonl").write_text("\n".join(unseen[::step][:most]) + "\n", encoding="utf-8")
+        queries = load_queries([HARRY_POTTER / "data" / f"{name}_train.jsonl"], "retain")
+        unseen = [query for query in queries if question_key(query.question) not in asked]
+        chosen = spread(unseen, min(most, len(unseen)), "general")
+        lines = [json.dumps({"question": query.question}, ensure_ascii=False) for query in chosen]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --- teaching -----------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "tofu" / "implant.py
 
 def test_the_implant_experiment_runs_and_a_second_run_makes_nothing_again(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    make_model(tmp_path / "model", 0, layers=9)  # one below those that are taught and unlearned
+    texts = (SCRIPT.parent / "data" / "retain_perturbed.json").read_text(encoding="utf-8").splitlines()
+    # One layer below those that are taught and unlearned; over letters, TOFU's answers would take minutes.
+    make_model(tmp_path / "model", 0, layers=9, texts=texts)
     (tmp_path / "out" / "implanted").mkdir(parents=True)
     (tmp_path / "out" / "implanted" / "mine.txt").touch()
     command = [

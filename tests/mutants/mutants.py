@@ -591,6 +591,13 @@ BACKEND = (
         "tests/equivalence/test_methods_equivalence.py",
     ),
     Mutant(
+        "duet_mlx/generate.py",
+        "a prefix in pieces where states of the lower layers come in",
+        "size = len(tokens) if whole or ",
+        "size = len(tokens) if ",
+        "tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
         "duet_mlx/methods.py",
         "the weights of forget and retain loss swapped",
         "total = total + gamma * method.loss(",
@@ -613,9 +620,16 @@ BACKEND = (
     ),
     Mutant(
         "duet_mlx/methods.py",
+        "the rows of a batch that was cut are not put back in order",
+        "mx.concatenate(read)[back]",
+        "mx.concatenate(read)[mx.arange(len(back))]",
+        "tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
+        "duet_mlx/methods.py",
         "of a batch that is cut, the second part is the first again",
-        "part = batch.rows(places[0], places[-1] + 1)",
-        "part = batch.rows(0, len(places))",
+        "for rows in (order[:short], order[short:])]",
+        "for rows in (order[:short], order[: len(order) - short])]",
         "tests/equivalence/test_method_invariants.py",
     ),
     Mutant(

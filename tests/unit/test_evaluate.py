@@ -23,12 +23,12 @@ TEMPLATE = (
 )
 
 
-def make_model(folder, seed, layers=2):
-    """A random Llama over bytes and 385 short words, as an MLX folder."""
+def make_model(folder, seed, layers=2, texts=()):
+    """A random Llama over bytes, 385 short words and, if there are texts, their most frequent pieces; an MLX folder."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -36,6 +36,11 @@ def make_model(folder, seed, layers=2):
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if texts:
+        trainer = trainers.BpeTrainer(
+            vocab_size=2000, special_tokens=["<end>"], initial_alphabet=letters, show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     fast.add_tokens([f" {a}{e}{b}" for a in "BDFGLMNPRST" for e in "aeiou" for b in "dlmnrst"])
     fast.chat_template = TEMPLATE
