@@ -99,6 +99,7 @@ def check_lower(model: nn.Module, layer: int, tokens: mx.array) -> str:
         return "no list of layers found"
     if not can_branch(model):
         return "its cache cannot be shared"
+    tokens = tokens[:, :8]  # as in check_head
     last = mx.array([[tokens.shape[1] - 1]])
     full = logits_at(model, tokens, last)
     try:

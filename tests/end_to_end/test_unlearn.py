@@ -36,7 +36,7 @@ def questions(path: Path, texts: list[str]) -> Path:
 def unlearned(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The demo's model folder, and an adapter trained on it for a few real steps on a handful of questions.
 
-    The last 10 of its 30 layers learn enough, and the others are run once: a third of the time.
+    The last 8 of its 30 layers learn enough, and the others are run once: a third of the time.
     """
     folder = tmp_path_factory.mktemp("unlearn")
     adapter = folder / "adapters"
@@ -44,10 +44,10 @@ def unlearned(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         "duet_mlx.train", "--model", demo_model, "--adapter-path", adapter, "--context", "refuse-all",
         "--forget", questions(folder / "forget.jsonl", FORGET),
         "--retain", questions(folder / "retain.jsonl", KEPT),
-        "--iters", 40, "--batch-size", 5, "--forget-per-batch", 2, "--learning-rate", 6e-4, "--steps-per-eval", 0,
-        "--num-layers", 10,
+        "--iters", 30, "--batch-size", 5, "--forget-per-batch", 2, "--learning-rate", 8e-4, "--steps-per-eval", 0,
+        "--num-layers", 8,
     )  # fmt: skip
-    assert "training 0.81 M parameters" in out
+    assert "training 0.65 M parameters" in out
     return Path(json.loads((adapter / "adapter_config.json").read_text())["model"]), adapter
 
 

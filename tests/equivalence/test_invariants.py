@@ -36,12 +36,14 @@ CONTEXT = Context("shy", "Say nothing.", (("Who?", "No."),))
 precisions = pytest.mark.parametrize("dtype", [mx.float32, mx.float64])
 prompts = st.lists(st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=7), min_size=1, max_size=4)
 seeds = st.integers(0, 2**32)
+# Of seven, in attention before and behind the scores, and in the MLP; whole runs draw any of them (twins.py).
+KEYS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
 
 
 def student(dtype: Any, tied: bool = True, trained: bool = True) -> nn.Module:
-    """The tiny model with LoRA on every linear layer; `trained`: away from the base."""
+    """The tiny model with LoRA in every layer; `trained`: away from the base."""
     model = llama(tied=tied, dtype=dtype)
-    add_lora(model, -1, rank=2, scale=2.0, dropout=0.0, keys=lora_keys(model))
+    add_lora(model, -1, rank=2, scale=2.0, dropout=0.0, keys=KEYS)
     for index, (name, value) in enumerate(adapter_parameters(model).items()):
         random = mx.random.normal(value.shape, key=mx.random.key(index))
         new = 0.3 * random if trained or name.endswith("lora_a") else mx.zeros(value.shape)
@@ -120,7 +122,7 @@ def test_a_querys_loss_hangs_on_nothing_but_itself(
 def upper_student(dtype: Any, tied: bool) -> nn.Module:
     """Four layers, the last two adapted."""
     model = llama(tied=tied, dtype=dtype, num_hidden_layers=4)
-    add_lora(model, 2, rank=2, scale=2.0, dropout=0.0, keys=lora_keys(model))
+    add_lora(model, 2, rank=2, scale=2.0, dropout=0.0, keys=KEYS)
     for index, (name, value) in enumerate(adapter_parameters(model).items()):
         model.load_weights(
             [(name, (0.3 * mx.random.normal(value.shape, key=mx.random.key(index))).astype(dtype))], False
@@ -303,7 +305,7 @@ def test_all_candidates_without_delta_are_half_the_squared_error_of_all_logits(s
 @example(quantized=False, seed=754)  # masks that leave no candidate, had they not been lifted below
 def test_lora_and_training_steps_leave_the_bases_hash_as_it_was(quantized: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    model = llama(seed % 1000)
+    model = llama(seed % 1000, num_hidden_layers=1)
     if quantized:
         nn.quantize(model, group_size=32, bits=4)
     before = weights_hash(model)

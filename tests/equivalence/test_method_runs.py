@@ -39,7 +39,6 @@ from tests.equivalence.tiny import shared
 from tests.equivalence.twins import TOKENIZER, Run, runs
 from tests.reference.exact_float64 import exact_float64
 
-drawn = runs(layers=(2, 2, 2, 3))  # RMU's layer is not the last one
 METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defaults, where they are not told
     "graddiff": {"gamma": 0.7, "alpha": 1.3},
     "npo": {"beta": 0.4},
@@ -53,6 +52,10 @@ METHODS: dict[str, dict[str, float]] = {  # the numbers that a run has: the defa
     "kl": {},
 }
 STEPPED = [method for method in METHODS if method != "kl"]
+
+
+def drawn(data: st.DataObject, method: str) -> Run:
+    return data.draw(runs(layers=(2,)) if method == "rmu" else runs())  # RMU's layer is not the last one
 
 
 def settings_of(run: Run, name: str, **more: Any) -> TrainSettings:
@@ -140,9 +143,10 @@ def steps_of(run: Run, base: Any, rows: list[np.ndarray]) -> list[tuple[list[Lab
 
 
 @pytest.mark.parametrize("method", METHODS)  # 20 runs of each in CI, 2 in quick
-@given(run=drawn)
+@given(data=st.data())
 @unshrunk(shared(len(METHODS)))
-def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
+def test_a_free_run_in_float64_is_the_references(method: str, data: st.DataObject) -> None:
+    run = drawn(data, method)
     settings = settings_of(run, method, answer_tokens=4)
     if method == "rmu":  # its layer must be an adapted one
         settings = replace(settings, num_layers=-1)
@@ -160,10 +164,10 @@ def test_a_free_run_in_float64_is_the_references(method: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("method", STEPPED)
-@given(run=drawn, seed=st.integers(0, 2**32))
+@given(data=st.data(), seed=st.integers(0, 2**32))
 @unshrunk(shared(len(STEPPED)))
-def test_steps_in_float32_are_the_references_within_rounding(method: str, run: Run, seed: int) -> None:
-    Noisy.rng = random.Random(seed)
+def test_steps_in_float32_are_the_references_within_rounding(method: str, data: st.DataObject, seed: int) -> None:
+    Noisy.rng, run = random.Random(seed), drawn(data, method)
     settings = settings_of(run, method, answers="gold", num_layers=-1)
     answered = [replace(query, answer=("Who", "a b", "?")[i % 3]) for i, query in enumerate(run.queries)]
     run = run._replace(settings=settings, queries=answered)

@@ -92,7 +92,8 @@ class Tiny(NamedTuple):
 def tiny_models(draw: Any, layers: Sequence[int]) -> Tiny:
     """So many layers, D from 32 to 128, whatever a family leaves open. Constants but Gemma's are exact in float32.
 
-    Most are the smallest: a run of 20 steps of these costs a third, and so more runs are tried.
+    Most are the smallest: a run of 20 steps of these costs a third, and so more runs are tried. No layer is told apart
+    but the last one, so two of them show what three would.
     """
     family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "granite", "gemma2"]))
     width = draw(st.sampled_from([32, 32, *GROUP_SIZES]))  # so that a group may be as wide as the model
@@ -188,15 +189,15 @@ class Run(NamedTuple):
 
 
 @st.composite
-def runs(draw: Any, layers: Sequence[int] = (1, 1, 2, 2, 3)) -> Run:
+def runs(draw: Any, layers: Sequence[int] = (1, 1, 2)) -> Run:
     """2 to 6 questions of both roles, two contexts, 20 steps' settings, a model of one of these numbers of layers."""
     texts = st.text(alphabet="abcWho ?", min_size=1, max_size=9).filter(str.strip)
     roles = ["forget", "retain", *draw(st.lists(st.sampled_from(["forget", "retain", "neighbour"]), max_size=4))]
     named = st.sampled_from([None, "shy", "odd"])
     queries = [Query(f"q{i}", draw(texts), role, context=draw(named)) for i, role in enumerate(roles)]
     contexts = [Context("shy", "Say nothing.", (("Who?", "No."),)), Context("odd", "Be odd")]
-    # One run in four adapts every matrix, the others few: more than half of a step's operations are the adapters'.
-    keys = draw(st.permutations(MATRICES))[: draw(st.sampled_from([1, 2, 2, len(MATRICES)]))]
+    # One run in five adapts every matrix, the others few: more than half of a step's operations are the adapters'.
+    keys = draw(st.permutations(MATRICES))[: draw(st.sampled_from([1, 1, 2, 2, len(MATRICES)]))]
     settings = TrainSettings(
         top_k=draw(st.sampled_from([2, 5, VOCABULARY])),  # a single centred candidate has no loss
         candidates=draw(st.sampled_from(["teacher", "union"])),

@@ -28,8 +28,9 @@ def first_lines(source, count, target):
 def room(tmp_path_factory):
     """Model, adapter, retrained model, and TOFU's four files of a few rows each."""
     room = tmp_path_factory.mktemp("room")
-    make_model(room / "model", 0)
-    make_model(room / "retrained", 5)
+    texts = (DATA / "tofu" / "forget01_perturbed.json").read_text(encoding="utf-8").splitlines()
+    make_model(room / "model", 0, texts=texts)
+    make_model(room / "retrained", 5, texts=texts)
     make_adapter(room / "adapter", room / "model")
     (room / "tofu").mkdir()
     first_lines("tofu/forget01_perturbed.json", 4, room / "tofu" / "forget01_perturbed.json")
