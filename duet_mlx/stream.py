@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 # On a GPU batch widths are multiples of this: mx.compile keeps a trace for each shape. On a CPU steps are not compiled.
 WIDTHS = 4
-# Steps whose queries are sorted together. On the demo's questions 10.3 % of the tokens are padding on a GPU and 5.6 %
-# on a CPU; 64 steps give 8.5 % and 3.5 % (`python -m benchmarks --only padding`), but batches of questions more alike:
-# the one run made so kept less (general F1 0.76 after 700 steps of 4 + 16, 0.80 after 500 with windows of 16).
+# Steps whose queries are sorted together. On the demo's questions 10.3 % of the tokens are padding on a GPU, and 3.0 %
+# on a CPU, which runs a batch's short and long rows apart (`python -m benchmarks --only padding`). Windows of 64 gave
+# less still, but batches of questions more alike: the one run made so kept less (general F1 0.76 after 700 steps of
+# 4 + 16, 0.80 after 500 with windows of 16).
 WINDOW = 16
 
 
