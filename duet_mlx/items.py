@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .tables import read_rows
+from .tables import QUESTION, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,11 @@ def read_items(path: str | Path, group: str, kind: str = "qa") -> list[Item]:
     stem = path.name.partition(".")[0]
     items: dict[Item, str] = {}
     repeats = []
-    for number, (line, row) in enumerate(read_rows(path), 1):
-        place = f"{path}:{line}"
+    rows = read_rows(path)
+    on_line = Counter(line for line, _ in rows)
+    for number, (line, row) in enumerate(rows, 1):
+        # A list is often all on one line, which then says nothing.
+        place = f"{path}:{line}" if on_line[line] == 1 else f"{path}:{line}, row {number}"
         item = _item(row, place, group, kind)
         if item.subject == "" and kind == "choice" and stem.endswith(("_test", "_dev", "_val")):
             item = replace(item, subject=stem.rpartition("_")[0])
@@ -71,7 +75,6 @@ def read_items(path: str | Path, group: str, kind: str = "qa") -> list[Item]:
     return [replace(item, id=name) for item, name in items.items()]
 
 
-QUESTION = ("question", "query", "prompt", "instruction", "input", "problem", "text", "intro")
 ANSWER = (
     "answer", "answers", "gold_answer", "correct_answer", "best_answer", "output", "response", "completion", "gt",
     "ground_truth", "target", "label", "answerkey",
@@ -102,6 +105,7 @@ def _item(row: Any, place: str, group: str, kind: str) -> Item:
         raise DataError(
             f"{place}: no options; fields found: {', '.join(fields)}; wanted: {', '.join(CHOICES)}, or A, B"
         )
+    examples = fields.get("examples") if kind == "choice" else None
     paraphrased, asked_again = (fields.get(name) for name in ("paraphrased_answer", "paraphrased_question"))
     return Item(
         id="",
@@ -115,7 +119,7 @@ def _item(row: Any, place: str, group: str, kind: str) -> Item:
         paraphrased_question=None if asked_again is None else _text(asked_again, "paraphrased_question", place),
         perturbed=tuple(_texts(fields.get("perturbed_answer"), place)),
         subject=str(_first(fields, ("type", "task", "subject", "category")) or ""),
-        shots=tuple(_item(shot, place, group, kind) for shot in fields.get("examples") or () if kind == "choice"),
+        shots=tuple(_item(shot, place, group, kind) for shot in (examples if isinstance(examples, list) else ())),
     )
 
 
@@ -126,16 +130,17 @@ def _fields(row: Any, place: str, kind: str) -> dict[str, Any]:
     if isinstance(row, list):
         if len(row) == 2:
             return dict(zip(("question", "answer"), row, strict=True))
-        if len(row) >= 4 and row[-1].strip() in LETTERS[: len(row) - 2]:  # Hendrycks: question, options, letter
+        if len(row) >= 4 and str(row[-1]).strip() in LETTERS[: len(row) - 2]:  # Hendrycks: question, options, letter
             return {"question": row[0], **dict(zip(LETTERS.lower(), row[1:-1], strict=False)), "answer": row[-1]}
         raise DataError(
-            f"{place}: {len(row)} cells and no header; expected question, answer or question, A, B, …, letter"
+            f"{place}: {len(row)} cells and no header; expected question, answer or question, A, B, …, letter, with "
+            f"commas between them, found {str(row)[:60]}"
         )
     if not isinstance(row, dict):
         raise DataError(f'{place}: expected an object like {{"question": …}}, found {str(row)[:60]}')
     fields = {re.sub(r"[\s-]+", "_", str(name).strip().lower()): value for name, value in row.items()}
     if isinstance(turns := fields.get("messages"), list):  # mlx-lm's own chat format
-        said = {turn.get("role"): turn.get("content") for turn in turns if isinstance(turn, dict)}
+        said = {str(turn.get("role")): turn.get("content") for turn in turns if isinstance(turn, dict)}
         fields |= {"question": said.get("user"), "answer": said.get("assistant")}
     return fields
 
@@ -153,15 +158,21 @@ def _choices(fields: dict[str, Any], place: str) -> tuple[list[str], list[Any]]:
             _first(fields, (f"{before}{c}" for before in ("", "option_", "choice_"))) for c in LETTERS.lower()[:10]
         ]
         found = cells[: cells.index(None)] if None in cells else cells
+        while found and not str(found[-1]).strip():  # a table has as many columns as its longest row has options
+            found.pop()
         if len(found) < 2:
             return [], []
-    marks: list[Any] = list(LETTERS[: len(found)])
+    options, marks = found, None
     if isinstance(found, dict):
-        marks = found.get("labels", found.get("label", marks))
-        found = found.get("choices", found.get("text"))
-    if not isinstance(found, list) or len(found) < 2 or len(marks) != len(found):
-        raise DataError(f"{place}: expected a list of two options or more, found {str(found)[:60]}")
-    return [_text(option, "an option", place) for option in found], marks
+        of_its_own = "choices" in found or "text" in found
+        options = found.get("choices", found.get("text")) if of_its_own else list(found.values())
+        marks = found.get("labels", found.get("label")) if of_its_own else list(found)  # MedQA: {"A": "red", …}
+    sound = isinstance(options, list) and 2 <= len(options) <= len(LETTERS)
+    if sound and marks is None:
+        marks = list(LETTERS[: len(options)])
+    if not sound or not isinstance(marks, list) or len(marks) != len(options):
+        raise DataError(f"{place}: expected a list of two options or more, at most 26, found {str(found)[:60]}")
+    return [_text(option, "an option", place) for option in options], marks
 
 
 def _correct(answer: Any, options: list[str], marks: list[Any], lettered: bool, place: str) -> int:
@@ -171,19 +182,21 @@ def _correct(answer: Any, options: list[str], marks: list[Any], lettered: bool, 
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     readings = set()
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        readings = {answer}
-    elif isinstance(answer, str):
-        said = answer.strip().strip("().")  # "(B)", "B."
-        by_mark = {i for i, mark in enumerate(marks) if mark == said}
-        by_text = {i for i, option in enumerate(options) if option == answer.strip()}
-        readings = by_mark or by_text if lettered else by_mark | by_text
-        if not readings and said.isdigit():
-            readings = {int(said)}
-    # In a list of letters "A" may be a letter or a text: better no reading than the wrong one.
+    if isinstance(answer, int | str) and not isinstance(answer, bool):
+        said = str(answer).strip().strip("().")  # "(B)", "B."
+        by_mark = {i for i, mark in enumerate(marks) if str(mark) == said}
+        if isinstance(answer, int):
+            readings = by_mark if len(by_mark) == 1 else {answer}
+        else:
+            by_text = {i for i, option in enumerate(options) if option == answer.strip()}
+            readings = by_mark or by_text if lettered else by_mark | by_text
+            if said.isdecimal() and not by_mark and (not readings or int(said) < len(options)):
+                readings = readings | {int(said)}
+    # In a list of letters "A" may be a letter or a text, and in one of numbers "2": better none than the wrong one.
     if len(readings) != 1 or not 0 <= (index := readings.pop()) < len(options):
         wanted = f"an index from 0 to {len(options) - 1}, one of {', '.join(map(str, marks))}, or an option's text"
-        raise DataError(f"{place}: which option is right? Found {answer!r}; expected {wanted}")
+        fits = f", which fits {len(readings)} options" if len(readings) > 1 else ""
+        raise DataError(f"{place}: which option is right? Found {answer!r}{fits}; expected {wanted}")
     return index
 
 
@@ -201,7 +214,11 @@ def _texts(value: Any, place: str) -> list[str]:
         return []
     if isinstance(value, dict):
         inner = {str(name).lower(): item for name, item in value.items()}
+        if not inner.keys() & {"value", "text", "aliases"}:
+            raise DataError(f"{place}: an answer must be text, found {str(value)[:60]!r}")
         value = [*_texts(_first(inner, ("value", "text")), place), *_texts(inner.get("aliases"), place)]
+    if isinstance(value, str) and re.fullmatch(r"\[\s*['\"].*['\"]\s*\]", value.strip(), re.DOTALL):  # pandas, in CSV
+        raise DataError(f"{place}: a list written as text: {value[:60]}; save it in JSON, as a list")
     return (
         [_text(one, "an answer", place) for one in value]
         if isinstance(value, list)

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 DAMAGED = "\N{REPLACEMENT CHARACTER}"
 # Where a JSON file is one object, its rows are under one of these (TriviaQA has "Data").
 INSIDE = ("Data", "data", "rows", "examples", "questions")
+# Names of the field that holds the question; a CSV file whose first row has one of them has a header.
+QUESTION = ("question", "query", "prompt", "instruction", "input", "problem", "text", "intro")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -93,7 +95,8 @@ def _text_of(path: Path) -> str:
 
 def _json(path: Path, text: str) -> Iterator[Row]:
     """The values of one list, or values one after another; the one object that holds a list gives that list."""
-    decoder, line, seen = json.JSONDecoder(), 1, 0
+    # pandas writes NaN where a field is missing, and "nan" is nobody's answer.
+    decoder, line, seen = json.JSONDecoder(parse_constant=lambda _: None), 1, 0
     at = len(text) - len(text.lstrip())
     listed = text[at] == "["
     at += listed
@@ -136,7 +139,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
     line = 1
     try:
         for number, cells in enumerate(reader):
-            if number == 0 and any(cell.strip().lower() in HEADER for cell in cells):
+            if number == 0 and any(cell.strip().lower() in QUESTION for cell in cells):
                 header = [cell.strip() for cell in cells]
             elif any(cell.strip() for cell in cells):
                 if header and len(cells) != len(header):
@@ -147,9 +150,6 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
         raise DataError(f"{path}:{line}: not CSV ({error}); the row begins on this line") from error
 
 
-HEADER = {"question", "query", "prompt", "instruction", "input"}
-
-
 def _trivia(path: Path, text: str) -> Iterator[Row]:
     """OpenTriviaQA: `#Q question`, `^ right answer`, `A …`, `B …`; a question may run over several lines."""
     line = 1
@@ -158,7 +158,9 @@ def _trivia(path: Path, text: str) -> Iterator[Row]:
         if found:
             question, answer, options = found.groups()
             choices = [option[2:].strip() for option in options.splitlines()]
-            yield line, {"question": question, "answer": answer.strip(), "choices": choices}
+            # Its answer is always an option's text, "3" too.
+            right: Any = choices.index(answer.strip()) if choices.count(answer.strip()) == 1 else answer.strip()
+            yield line, {"question": question, "answer": right, "choices": choices}
         elif block.strip():
             begins = block.split("\n")[0][:60]
             raise DataError(f"{path}:{line}: expected `#Q`, `^ answer` and lines `A …`, `B …`, found: {begins}")

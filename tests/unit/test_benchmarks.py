@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -189,6 +190,8 @@ def test_opentriviaqa_is_read_with_questions_of_several_lines(write):
     one, two = read_items(write("\n" + TRIVIA, "geography"), "general", "choice")
     assert (one.choices, one.correct) == (("Nairobi", "Lagos"), 0)
     assert two.question == "Which is it?\n1) the first\nof two" and two.answers == ("True",)
+    (numbers,) = read_items(write("#Q How many?\n^ 1\nA 1\nB 2\nC 3\n", "numbers"), "general", "choice")
+    assert numbers.answers == ("1",)
 
 
 def test_crlf_mixed_with_lf_changes_nothing(write):
@@ -234,6 +237,8 @@ NAMED = {
     "a number": ({"question": "Who?", "answer": 7}, ("7",)),
     "RWKU, with a level as text": ({"query": "Who?", "answer": "Me", "level": "1"}, ("Me",)),
     "no answer": ({"question": "Who?"}, ()),
+    "NaN, as pandas writes what is missing": ({"question": "Who?", "answer": math.nan, "choices": math.nan}, ()),
+    "a dataset's own options, all blank": ({"question": "Who?", "A": "", "B": "", "answer": "Me"}, ("Me",)),
 }  # fmt: skip
 
 
@@ -253,7 +258,10 @@ def test_csv_with_a_header_and_with_two_bare_columns(write):
     named = read_items(write('id,Question,Answer\n1,"Who, me?",I\n\n', "a.CSV"), "g")
     bare = read_items(write('"Who, me?",I\n', "b.csv"), "g")
     tabs = read_items(write("question\tanswer\nWho, me?\tI\n", "c.tsv"), "g")
-    assert [(i.question, i.answers) for i in named + bare + tabs] == [("Who, me?", ("I",))] * 3
+    other = read_items(write('Problem,Answer\n"Who, me?",I\n', "d.csv"), "g")  # no row of its own, but a header
+    assert [(i.question, i.answers) for i in named + bare + tabs + other] == [("Who, me?", ("I",))] * 4
+    (text,) = read_items(write('text\n"Down, down"\n', "e.csv"), "g", "privleak")
+    assert text.question == "Down, down"
 
 
 OPTIONS = ["red", "green", "blue"]
@@ -264,9 +272,13 @@ RIGHT = {
     "a letter in brackets": {"choices": OPTIONS, "answer": "(B)"},
     "the text": {"choices": OPTIONS, "answer": "green"},
     "ARC": {"choices": {"text": OPTIONS, "label": ["1", "2", "3"]}, "answerKey": "2"},
+    "ARC with numbers": {"choices": {"text": OPTIONS, "label": [1, 2, 3]}, "answerKey": 2},
+    "MedQA": {"options": {"A": "red", "B": "green"}, "answer": "green", "answer_idx": "B"},
     "TruthfulQA": {"mc1_targets": {"choices": OPTIONS, "labels": [0, 1, 0]}},
     "columns": {"A": "red", "B": "green", "C": "blue", "answer": "B"},
     "columns with the text": {"option_a": "red", "option_b": "green", "answer": "green"},
+    "columns of which this row needs two": {"A": "red", "B": "green", "C": "", "D": " ", "answer": "B"},
+    "a number among the options": {"choices": ["4", "8"], "answer": "8"},
     "columns of letters": {"A": "B", "B": "A", "answer": "B"},
 }
 
@@ -325,9 +337,45 @@ BAD = {
     "gzip": ("q.json.gz", b"\x1f\x8b\x08\x00", "qa", "q.json.gz: is compressed; unpack it first"),
     "no options": ("q.json", '{"question": "a", "answer": "b"}', "choice", "q.json:1: no options; fields found: q"),
     "one option": ("q.json", '{"question": "a", "choices": ["b"], "answer": 0}', "choice", "two options or more"),
+    "one option with a mark of its own": (
+        "q.json",
+        '{"question": "a", "choices": {"text": ["b"], "label": ["A"]}, "answer": "A"}',
+        "choice",
+        "two options or more",
+    ),
     "an index too far": ("q.json", '{"question": "a", "choices": ["b", "c"], "answer": 2}', "choice", "Found 2; exp"),
     "no answer among options": ("q.json", '{"question": "a", "choices": ["b", "c"]}', "choice", "Found None; expected"),
     "a letter that is a text": ("q.json", '{"question": "a", "choices": ["B", "A"], "answer": "A"}', "choice", "'A'"),
+    "a number that is a text": (
+        "q.json",
+        '{"question": "a", "choices": ["1", "2", "3"], "answer": "2"}',
+        "choice",
+        "Found '2', which fits 2 options",
+    ),
+    "a raised 2": (
+        "q.json",
+        '{"question": "a", "choices": ["b", "c"], "answer": "²"}',
+        "choice",
+        "Found '²'; expected",
+    ),
+    "a number for options": ("q.json", '{"question": "a", "choices": 4}', "choice", "two options or more.*found 4"),
+    "a number for their marks": (
+        "q.json",
+        '{"question": "a", "choices": {"text": ["b", "c"], "label": 1}}',
+        "choice",
+        "two options or more",
+    ),
+    "a list of cells that ends in an index": ("q.json", '[["a", "b", "c", "d", 1]]', "choice", "5 cells and no header"),
+    "semicolons between the cells": ("q.csv", "question;answer\nWho?;me\n", "qa", "commas .* found .'question;answer'"),
+    "a row far down a list on one line": (
+        "q.json",
+        json.dumps([{"question": str(n)} for n in range(500)] + [{"title": "x"}]),
+        "qa",
+        "q.json:1, row 501: no question",
+    ),
+    "a list written as text": ("q.csv", "question,answer\nWho?,\"['me', 'I']\"\n", "qa", "q.csv:2: a list writt"),
+    "a list as NumPy writes it": ("q.csv", "question,perturbed_answer\nWho?,['a' 'b']\n", "qa", "q.csv:2: a list writ"),
+    "an answer by language": ("q.json", '{"question": "a", "answer": {"en": "b"}}', "qa", "an answer must be text, fo"),
     "no answer for KnowMem": ("q.json", '{"question": "a"}', "knowmem", "q.json:1: no answer; fields found: question;"),
     "an open quote": ("q.csv", 'question,answer\nWho?,"me\nWhy?,so\n', "qa", r"q.csv:2: not CSV \("),
     "a cell too many": ("q.csv", "question,answer\nWho?,me,too\n", "qa", "q.csv:2: 3 cells, expected 2: question, ans"),
