@@ -92,7 +92,7 @@ $(OUT)/results.json: $(OUT)/adapters/adapters.safetensors $(MEASURED) $(PAPER)
 $(OUT)/paper/results.json: $(OUT)/paper/adapters/adapters.safetensors $(MEASURED)
 	$(evaluate) $(paper_context) > /dev/null
 
-tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable; an hour and a half on one CPU core)
+tofu: install model ## teach a model TOFU's authors, then unlearn some of them (resumable; about an hour on two CPU cores)
 	$(PY) examples/tofu/implant.py
 
 bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: ratios, in about ten minutes
