@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,7 @@ from . import metrics
 from .data import digest
 from .errors import ModelError, note
 from .fluency import surprises
-from .generate import decode, stop_ids
+from .generate import decode, is_finite, stop_ids
 from .head import check_head
 from .kept_answers import KeptAnswers, Unit
 from .scores import Asked, Column
@@ -88,7 +87,7 @@ def column(
             bar.total = (bar.total or 0) + len(left)
         going, limits = list(left), list(left.values())
         begun = [[*prompts[i], *ids[i]] for i in going]
-        keep = _probability_of_the_best if base is None and plain else _is_finite
+        keep = _probability_of_the_best if base is None and plain else is_finite
         for batch in decode(model, begun, limits, stop, settings.batch_size, head, keep) if going else ():
             assert batch.kept is not None
             for row, tokens, seen in zip(batch.rows, batch.tokens, batch.kept, strict=True):
@@ -179,11 +178,6 @@ def _probability_of_the_best(logits: mx.array) -> np.ndarray:
     """softmax(logits [B, V]) at its largest: [B]. In NumPy: MLX's exponential is a slow one on CPU."""
     values = np.array(logits)
     return 1 / np.exp(values - values.max(axis=-1, keepdims=True)).sum(axis=-1, dtype=np.float64)
-
-
-def _is_finite(logits: mx.array) -> np.ndarray:
-    """0 where no logit of a row [B, V] is NaN or +inf, else NaN: [B]. A masked token may have -inf."""
-    return np.where(np.array((logits < mx.inf).all(axis=-1)), 0.0, math.nan)
 
 
 class Forced(NamedTuple):

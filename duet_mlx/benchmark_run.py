@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .benchmarks import load_benchmark
 from .context import DATE, Context, check_fits
-from .errors import ConfigError, note
+from .errors import ConfigError, ModelError, note
 from .files import write_text
 from .items import Item
 from .kept_answers import code_hash
@@ -65,10 +65,12 @@ def check_prompts(
     Raises:
         DataError: a prompt that, with the answers behind it, is too long for the model's window of `limit`, or holds a
             control token; with benchmark, file and row.  ContextError.
+        ModelError: letters of options that are no single tokens.
     """
-    from .probe import longest, prompt_of
+    from .probe import letter_ids, longest, prompt_of
 
     for name, items in benchmarks.items():
+        letter_ids(tokenizer, max((len(item.choices) for item in items if item.kind == "choice"), default=0))
         for item in items:
             n = longest(tokenizer, item, settings.max_tokens)
             for context in (None, *contexts[:1]):
@@ -92,16 +94,19 @@ def replies_of(
 ) -> dict[str, list[Reply]]:
     """What one model replies to all items, by benchmark.
 
-    They are kept in --out, a file each, and taken from there where nothing has changed that they hang on.
+    They are kept in --out, a file each, as they come, and taken from there where nothing has changed that they hang on.
 
     Args:
         column: the model's name in the table.  settings: of the evaluation.
         identity: what tells the model apart (hashes).
         same_base: whether the model with LoRA switched off is the base, so that the base can judge its answers.
+
+    Raises:
+        ModelError: logits that are not finite.
     """
     from tqdm import tqdm
 
-    from .probe import Reply, ask
+    from .probe import ask
 
     found: dict[str, list[Reply]] = {}
     for name, items in benchmarks.items():
@@ -109,21 +114,51 @@ def replies_of(
         digest = _digest([code_hash(), DATE.isoformat(), column, *identity, *asked])
         slug = re.sub(r"[^\w-]+", "_", f"{name} {column}")
         kept = Path(settings.out) / KEPT / f"{slug}.json"
-        saved = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-        if saved.get("of") == digest:
-            found[name] = [Reply(**reply) for reply in saved["replies"]]
-            note(f"{column}, {name}: answers reused from {kept}")
-            continue
-        with tqdm(desc=f"{column}, {name}", unit="q", file=sys.stderr, disable=None) as bar:
-            replies = ask(
-                model, tokenizer, items, context, settings.system, settings.max_tokens, settings.batch_size, bar.update
-            )
-            if same_base:
-                judge(model, tokenizer, items, replies, settings.system)
+        replies = _kept(kept, digest, f"{column}, {name}", len(items)) if kept.is_file() else []
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({"of": digest, "replies": [asdict(reply) for reply in replies]}))
+        size = 2 * settings.batch_size
+        bar = tqdm(
+            desc=f"{column}, {name}", unit="q", file=sys.stderr, disable=None if len(replies) < len(items) else True
+        )
+        asks = (context, settings.system, settings.max_tokens, settings.batch_size, bar.update)
+        with bar:
+            for at in range(len(replies), len(items), size):
+                part = items[at : at + size]
+                try:
+                    more = ask(model, tokenizer, part, *asks)
+                except ModelError as error:
+                    raise ModelError(f"{column}, --benchmark {name}: {error}") from error
+                if same_base:
+                    judge(model, tokenizer, part, more, settings.system)
+                replies += more
+                given = [asdict(reply) for reply in replies]
+                write_text(kept, json.dumps({"of": digest, "sha256": _digest(given), "replies": given}))
         found[name] = replies
     return found
+
+
+def _kept(file: Path, digest: str, column: str, count: int) -> list[Reply]:
+    """The replies of this file, if they were made for this digest and are as they were written; a line says so.
+
+    Args:
+        column: for the line.  count: how many replies there are to be.
+    """
+    from .probe import Reply
+
+    reason = "it is damaged"
+    try:
+        saved = json.loads(file.read_bytes())
+        if saved["of"] != digest:
+            reason = "what they hang on changed since"
+        elif saved["sha256"] == _digest(saved["replies"]):
+            left = count - len(saved["replies"])
+            rest = f"; {left} of {count} are still to be answered" if left else ""
+            note(f"{column}: answers reused from {file}{rest}")
+            return [Reply(**reply) for reply in saved["replies"]]
+    except (ValueError, TypeError, LookupError):
+        pass
+    note(f"{column}: answered anew, not from {file}: {reason}")
+    return []
 
 
 def judge(model: nn.Module, tokenizer: Any, items: Sequence[Item], replies: Sequence[Reply], system: str = "") -> None:

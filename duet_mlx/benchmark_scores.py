@@ -138,5 +138,7 @@ def _row(model: str, group: str, key: str, value: float | None, interval: list[f
     row = {"model": model, "group": group, "metric": key, "value": value, "ci": interval, "n": n}
     row["direction"] = BY_KEY[key].direction(group)
     if value is None:
-        row["reason"] = UNDEFINED.get(key, "no question has a reference answer with a word in it")
+        row["reason"] = UNDEFINED.get(
+            key, "no question has a reference answer with a word of a-z and 0-9, which are all that ROUGE counts"
+        )
     return row

@@ -118,6 +118,8 @@ def load_benchmark(spec: str) -> list[Item]:
     folder = _folder(where or layout.repo.format(part=part), parts)
     if name == "mmlu" and (folder / "test").is_dir():
         parts = [Part("general", "choice", f"test/{s}_test", f"dev/{s}_dev") for s in _subjects(folder, part)]
+        if not parts:
+            raise DataError(f"{spec}: no file NAME_test.csv in {folder / 'test'}; expected one for each subject")
     items: list[Item] = []
     for number, one in enumerate(parts):
         found = _find(folder, one.path)

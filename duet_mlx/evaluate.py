@@ -245,7 +245,7 @@ def _columns(
     behind = prompts(tokenizer, folder, chosen) if contexts else []
     check_prompts(tokenizer, benchmarks, contexts, settings, window(folder))
     if settings.retrained is not None:
-        words, other = load_tokenizer(settings.retrained, settings.trust_remote_code)
+        words, other = load_tokenizer(settings.retrained, settings.trust_remote_code, "--retrained")
         read_by_other = prompts(words, other, no_context)
         check_prompts(words, benchmarks, [], settings, window(other))
     add(BASE, no_context, plain, [base_hash])
@@ -258,7 +258,9 @@ def _columns(
         add(UNLEARNED, no_context, plain, identity, same_base=kind == "lora")  # no other kind can be switched off
     if settings.retrained is not None:
         del model  # two models need not fit into memory
-        model, tokenizer, _ = load_model(settings.retrained, trust_remote_code=settings.trust_remote_code)
+        model, tokenizer, _ = load_model(
+            settings.retrained, trust_remote_code=settings.trust_remote_code, flag="--retrained"
+        )
         add(RETRAINED, no_context, read_by_other, [weights_hash(model)], same_base=False)
     return columns, replies, base_hash
 

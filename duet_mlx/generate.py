@@ -259,6 +259,11 @@ def decode(
         yield Answers(rows, answers, kept)
 
 
+def is_finite(logits: mx.array) -> np.ndarray:
+    """0 where no logit of a row [B, V] is NaN or +inf, else NaN: [B]. A masked token may have -inf."""
+    return np.where(np.array((logits < mx.inf).all(axis=-1)), 0.0, np.nan)
+
+
 def greedy(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],

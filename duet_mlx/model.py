@@ -43,7 +43,7 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def resolve_model(name: str, widened: bool | None = None) -> Path:
+def resolve_model(name: str, widened: bool | None = None, flag: str = "--model") -> Path:
     """The MLX folder of a hub id, a local folder or a .gguf file (converted once, beside itself; see `load_model`).
 
     Raises:
@@ -52,27 +52,27 @@ def resolve_model(name: str, widened: bool | None = None) -> Path:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"--model {name}: no such file")
+            raise ModelError(f"{flag} {name}: no such file")
         return convert_gguf(path, widen=not on_gpu() if widened is None else widened)
     if not path.exists():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise ModelError(f"--model {name}: no such folder or .gguf file, and not a hub id (owner/name)")
+            raise ModelError(f"{flag} {name}: no such folder or .gguf file, and not a hub id (owner/name)")
         from huggingface_hub import snapshot_download
 
         try:
             path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
         except Exception as error:  # the hub client raises many kinds, all of them the same to the user
             raise ModelError(
-                f"--model {name}: no local folder of that name, and the hub did not give it "
+                f"{flag} {name}: no local folder of that name, and the hub did not give it "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Check the name, "
                 "the network, or log in for a gated model"
             ) from error
     if not path.is_dir():
-        raise ModelError(f"--model {name}: expected an MLX folder, a .gguf file or a hub id, found a plain file")
+        raise ModelError(f"{flag} {name}: expected an MLX folder, a .gguf file or a hub id, found a plain file")
     if not (path / "config.json").is_file():
-        raise ModelError(f"--model {name}: no config.json in it, so not an MLX model folder")
+        raise ModelError(f"{flag} {name}: no config.json in it, so not an MLX model folder")
     if not list(path.glob("model*.safetensors")):
-        raise ModelError(f"--model {name}: no model*.safetensors in it, so no weights to load")
+        raise ModelError(f"{flag} {name}: no model*.safetensors in it, so no weights to load")
     return path
 
 
@@ -81,12 +81,13 @@ def load_model(
     adapter_path: str | Path | None = None,
     trust_remote_code: bool = False,
     widened: bool | None = None,
+    flag: str = "--model",
 ) -> tuple[nn.Module, Any, Path]:
     """Load model and tokenizer, ready for the backend: on CPU the base is dequantized once, to float32.
 
     Args:
         name: hub id, MLX folder or .gguf.  adapter_path: an mlx-lm adapter folder to apply.
-        widened: whether to dequantize; None leaves it to the backend.
+        widened: whether to dequantize; None leaves it to the backend.  flag: the one that names it, for messages.
 
     Returns:
         (model in eval mode, mlx-lm's TokenizerWrapper, the MLX folder).
@@ -99,7 +100,7 @@ def load_model(
         # MLX walks a graph in breadth up to this width, then in depth, where all of a stream's work comes before the
         # next one's. A training step is as wide as it has gradients.
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
-    folder = resolve_model(name, widened)
+    folder = resolve_model(name, widened, flag)
     try:
         model, tokenizer = load(
             str(folder),
@@ -107,7 +108,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # two libraries and the model's own code may raise anything
-        raise ModelError(f"--model {name}: cannot be loaded from {folder}: {_short(error)}") from error
+        raise ModelError(f"{flag} {name}: cannot be loaded from {folder}: {_short(error)}") from error
     if widened:
         # MLX's quantized product is a scalar loop on CPU, and half floats are slower still; the numbers are the same.
         with mx.stream(mx.cpu):  # also where a GPU asks what a CPU would hold (`hash_elsewhere`)
@@ -121,13 +122,13 @@ def load_model(
     return model, tokenizer, folder
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> tuple[Any, Path]:
+def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--model") -> tuple[Any, Path]:
     """Tokenizer and MLX folder of a model whose weights are not wanted yet. Raises ModelError as `load_model`."""
-    folder = resolve_model(name)
+    folder = resolve_model(name, flag=flag)
     try:
         return load_words(folder, {"trust_remote_code": trust_remote_code}), folder
     except Exception as error:  # as above
-        raise ModelError(f"--model {name}: its tokenizer cannot be loaded from {folder}: {_short(error)}") from error
+        raise ModelError(f"{flag} {name}: its tokenizer cannot be loaded from {folder}: {_short(error)}") from error
 
 
 def _short(error: Exception) -> str:

@@ -225,7 +225,9 @@ def _bars(axis: Any, rows: Cells, models: Sequence[str], shown: Sequence[Key]) -
                 fontsize=6.5,
             )
     arrows = [ARROWS[BY_KEY[metric].direction(group)] for group, metric in shown]
-    labels = [f"{group}: {short_name(metric)} {a}" for (group, metric), a in zip(shown, arrows, strict=True)]
+    labels = [
+        f"{legend_name(group)}: {short_name(metric)} {a}" for (group, metric), a in zip(shown, arrows, strict=True)
+    ]
     axis.set_yticks(range(len(shown)), labels, fontsize=9)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.08), title="Measures  (↓ lower is better, ↑ higher is better)")

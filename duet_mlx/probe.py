@@ -14,7 +14,7 @@ import numpy as np
 from .benchmark_metrics import knowmem_prompt
 from .context import Context, plain_ids, plain_text, render
 from .errors import ModelError
-from .generate import decode, stop_ids
+from .generate import decode, is_finite, stop_ids
 from .head import check_head
 from .items import Item
 from .teacher import forced_logits
@@ -83,7 +83,8 @@ def ask(
         max_tokens: least room for a "qa" answer.  progress: called with the number of prompts that were run.
 
     Raises:
-        ModelError: letters of options that are no single tokens.  ContextError, DataError: from `render`.
+        ModelError: letters of options that are no single tokens, or logits that are not finite.
+        ContextError, DataError: from `render`.
     """
     replies = [Reply() for _ in items]
     prompts = [prompt_of(tokenizer, item, context, system) for item in items]
@@ -94,8 +95,10 @@ def ask(
 
     for rows in _alike(items, ("qa", "knowmem", "verbmem")):
         limits = [room(tokenizer, items[i], max_tokens) for i in rows]
-        for batch in decode(model, [prompts[i] for i in rows], limits, stop, batch_size, head):
-            for row, ids in zip(batch.rows, batch.tokens, strict=True):
+        for batch in decode(model, [prompts[i] for i in rows], limits, stop, batch_size, head, is_finite):
+            assert batch.kept is not None
+            for row, ids, seen in zip(batch.rows, batch.tokens, batch.kept, strict=True):
+                _require_numbers(seen[: len(ids) + 1], items[rows[row]])
                 reply = replies[rows[row]]
                 reply.ids, reply.answer = ids, tokenizer.decode(ids, skip_special_tokens=True).strip()
             if progress:
@@ -112,6 +115,7 @@ def ask(
             texts.append((i, "text", prompts[i][:1], prompts[i][1:]))  # nothing foretells the first token
     found = log_probs(model, [text[2] for text in texts], [text[3] for text in texts], head, progress)
     for (i, what, _, _), (values, hits) in zip(texts, found, strict=True):
+        _require_numbers(values, items[i])
         if what == "perturbed":
             replies[i].perturbed.append(values)
         else:
@@ -124,8 +128,17 @@ def ask(
         for at, logits in forced_logits(model, [prompts[i] for i in rows], [[]] * len(rows), 1, head, progress):
             for row, values in zip(at, np.array(logits)[:, 0], strict=True):
                 i = rows[row]
+                _require_numbers(is_finite(mx.array(values)), items[i])
                 replies[i].choice = int(values[letters[: len(items[i].choices)]].argmax())  # ties: the earlier one
     return replies
+
+
+def _require_numbers(values: Any, item: Item) -> None:
+    if np.isnan(values).any():
+        raise ModelError(
+            f"{item.id}: the logits behind this question are NaN or infinite, so there is no answer to measure: the "
+            "weights are broken, or too large for this model"
+        )
 
 
 def room(tokenizer: Any, item: Item, max_tokens: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .measures import ARROWS, BY_KEY, MEASURES
-from .metrics import FORGET
+from .metrics import FORGET, METRICS
 
 Row = dict[str, Any]
 # Behind a reverse prompt only these are shown; results.json has all.
@@ -92,10 +92,10 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
             # Only where it says more than "refused": the base itself refuses some.
             if metric.key == "refused_all" and not (found[0] or {}).get("value"):
                 continue
-            if all(row is None or row["value"] is None for row in found):
-                continue  # results.json has the reason
+            if all(row is None or row["value"] is None for row in found) and metric in METRICS:
+                continue  # results.json has the reason; what a benchmark is asked for is looked for here
             label = f"{metric.label} {ARROWS[metric.direction(group)]}".rstrip()
-            if metric.key in ("recall_gold", "refused"):
+            if metric.key in ("recall_gold", "refused", "forget_quality"):
                 asked = max(row["n"] for row in found if row)
                 label += f" (n = {asked})" if asked != count else ""
             lines.append((label, [cell(row) for row in found]))
@@ -137,7 +137,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     models = models_of(rows)
     out = ["| | " + " | ".join(model.replace("|", "\\|") for model in models) + " |", "|---" * (len(models) + 1) + "|"]
     for label, cells in _lines(rows):
-        text = label.strip() if cells else f"**{label}**"
+        text = (label.strip() if cells else f"**{label}**").replace("|", "\\|")
         out.append(f"| {text} | " + " | ".join(cells or [""] * len(models)) + " |")
     return "\n\n".join(
         text for text in ("\n".join(out), in_a_sentence(rows), on_trained(results), *legend(rows)) if text

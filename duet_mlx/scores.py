@@ -125,8 +125,8 @@ def rows_of(
 
 
 UNDEFINED = {
-    "recall": "the base's own answers are all empty",
-    "f1": "the base's own answers are all empty",
+    "recall": "the base's own answers hold no word of a-z and 0-9, which are all that ROUGE counts",
+    "f1": "the base's own answers hold no word of a-z and 0-9, which are all that ROUGE counts",
     "recall_floor": "needs two questions to which the base has an answer",
     "recall_gold": "the base got none of these questions right",
     "refused": "the base itself refuses all of these questions",

@@ -10,7 +10,7 @@ import pytest
 from duet_mlx import benchmark_run, report
 from duet_mlx import evaluate as ev
 from duet_mlx.benchmark_scores import rows_of, score
-from duet_mlx.errors import ConfigError, DataError
+from duet_mlx.errors import ConfigError, DataError, ModelError
 from duet_mlx.items import Item
 from duet_mlx.measures import BENCHMARK, BY_KEY, MEASURES
 from duet_mlx.picture import picture
@@ -223,6 +223,88 @@ def test_a_run_goes_on_with_the_replies_that_it_kept(settings, room, capsys):
     with pytest.raises(AttributeError):
         more = benchmark_run.load_benchmarks(settings.benchmark, 3)
         benchmark_run.replies_of("base", None, None, more, None, settings, ["hash"])
+
+
+def test_a_run_that_was_cut_off_within_a_benchmark_goes_on_where_it_stopped(settings, room, monkeypatch, capsys):
+    from duet_mlx import probe
+    from duet_mlx.model import load_model
+
+    model, tokenizer, _ = load_model(str(room / "model"))
+    small = but(settings, batch_size=2)  # of the 13 questions four at a time
+    benchmarks = benchmark_run.load_benchmarks(small.benchmark)
+    whole = but(small, out=f"{small.out}-whole")
+    expected = benchmark_run.replies_of("base", model, tokenizer, benchmarks, None, whole, ["hash"])
+    parts = []
+
+    def check_head(*args, true=probe.check_head):
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        parts.append(args)
+        return true(*args)
+
+    with monkeypatch.context() as cut_off, pytest.raises(KeyboardInterrupt):
+        cut_off.setattr(probe, "check_head", check_head)
+        benchmark_run.replies_of("base", model, tokenizer, benchmarks, None, small, ["hash"])
+    capsys.readouterr()
+    assert benchmark_run.replies_of("base", model, tokenizer, benchmarks, None, small, ["hash"]) == expected
+    assert "5 of 13 are still to be answered" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[1]", "7", '{"of": 1}', b"\xff\xfe", ('"answer": "', '"answer": "not ')], ids=str
+)
+def test_replies_that_were_damaged_or_edited_are_asked_for_again(damage, settings, room, capsys):
+    from duet_mlx.model import load_model
+
+    model, tokenizer, _ = load_model(str(room / "model"))
+    benchmarks = benchmark_run.load_benchmarks(settings.benchmark, 1)
+    first = benchmark_run.replies_of("base", model, tokenizer, benchmarks, None, settings, ["hash"])
+    (kept,) = Path(settings.out, "answers").iterdir()
+    if isinstance(damage, tuple):
+        damage = kept.read_text().replace(*damage)
+    kept.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    assert benchmark_run.replies_of("base", model, tokenizer, benchmarks, None, settings, ["hash"]) == first
+    assert f"answered anew, not from {kept}" in capsys.readouterr().err
+
+
+CHOICE = '{"question": "Which?", "choices": ["x", "y"], "answer": 0}'
+
+
+@pytest.mark.parametrize("kind", ["qa", "knowmem", "choice"])
+def test_logits_that_are_not_finite_are_refused_by_column_benchmark_and_row(kind, settings, room, tmp_path):
+    """Else a model that says nothing at all would have figures, and those of one that has forgotten."""
+    rows = {
+        "qa": ("qa", tmp_path, "q.json", '{"question": "Who?"}'),
+        "knowmem": ("muse:news", tmp_path, "knowmem/forget_qa.json", '{"question": "Who?", "answer": "I"}'),
+        "choice": ("wmdp", tmp_path, "wmdp-bio/test.json", CHOICE),
+    }
+    name, folder, file, row = rows[kind]
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(row)
+    texts = ["Answer: A Answer: B " * 9]
+    (tmp_path / "model").mkdir()
+    model = make_model(tmp_path / "model", 0, texts=texts)
+    adapter = make_adapter(tmp_path / "adapter", model, scale=1e30)
+    spec = f"{name}@{folder / file if kind == 'qa' else folder}"
+    changes = {"model": str(model), "adapter_path": str(adapter), "benchmark": (spec,), "retrained": None}
+    with pytest.raises(ModelError, match=f"unlearned, --benchmark {name}: .*:1: the logits .* are NaN or infinite"):
+        ev.evaluate(but(settings, **changes))
+
+
+def test_letters_that_are_no_single_tokens_are_found_before_the_first_answer(settings, tmp_path):
+    (tmp_path / "wmdp-bio").mkdir()
+    (tmp_path / "wmdp-bio" / "test.json").write_text(CHOICE)
+    (tmp_path / "model").mkdir()
+    model = str(make_model(tmp_path / "model", 0))  # of bytes: " A" is two of them
+    benchmark = (*settings.benchmark, f"wmdp@{tmp_path}")
+    with pytest.raises(ModelError, match="one token of each letter"):
+        ev.evaluate(but(settings, model=model, adapter_path=None, retrained=None, benchmark=benchmark))
+    assert not list(Path(settings.out, "answers").iterdir())
+
+
+def test_a_retrained_model_that_is_not_there_is_named_by_its_own_flag(settings):
+    with pytest.raises(ModelError, match="--retrained none: no such folder"):
+        ev.evaluate(but(settings, retrained="none"))
 
 
 def test_fewer_questions_are_spread_over_each_group(settings):

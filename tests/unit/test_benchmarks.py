@@ -415,6 +415,12 @@ def test_a_spec_that_cannot_be_followed_says_what_there_is(tmp_path):
         load_benchmark(f"tofu:forget11@{tmp_path}")
 
 
+def test_a_folder_without_any_subject_is_an_error(tmp_path):
+    (tmp_path / "test").mkdir()
+    with pytest.raises(DataError, match="no file NAME_test.csv in"):
+        load_benchmark(f"mmlu@{tmp_path}")
+
+
 def test_two_files_that_could_both_be_meant_are_an_error(tmp_path):
     for name in ("forget10_perturbed.json", "forget10_perturbed.csv"):
         (tmp_path / name).write_text("x")

@@ -585,10 +585,10 @@ def test_a_logit_that_is_masked_by_minus_infinity_is_no_fault():
     import mlx.core as mx
     import numpy as np
 
-    from duet_mlx.answers import _is_finite
+    from duet_mlx.generate import is_finite
 
     rows = [[0.0, -float("inf")], [0.0, float("inf")], [float("nan"), 0.0], [1.0, 2.0]]
-    assert np.isfinite(_is_finite(mx.array(rows))).tolist() == [True, False, False, True]
+    assert np.isfinite(is_finite(mx.array(rows))).tolist() == [True, False, False, True]
 
 
 # --- what is written ----------------------------------------------------------------------------------------------

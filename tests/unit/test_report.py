@@ -139,6 +139,34 @@ def test_what_no_model_has_is_left_out_and_what_one_lacks_is_a_dash(results):
     assert gold.split()[-2:] == ["–", "–"]
 
 
+def test_what_a_benchmark_is_asked_for_is_a_dash_where_no_model_has_it_and_says_of_how_many():
+    """Without retain questions TOFU's model utility is undefined; forget quality is of the forget questions alone."""
+    row = {"model": "base", "group": "tofu as a whole", "ci": None, "n": 8, "direction": "higher"}
+    rows = [
+        {**row, "metric": "model_utility", "value": None},
+        {**row, "metric": "forget_quality", "value": 0.5, "n": 4},
+    ]
+    table = report.format_table(rows)
+    assert ["model", "utility", "↑", "–"] in [line.split() for line in table.splitlines()]
+    assert "forget quality ↑ (n = 4)" in table and "tofu as a whole (8 questions)" in table
+
+
+def test_any_name_of_a_group_is_shown_as_it_is(tmp_path):
+    """A bar does not end a Markdown cell, and matplotlib reads no formula."""
+    row = {
+        "model": "base",
+        "group": r"keep $\frac$ | $_x, qa",
+        "metric": "rouge_recall",
+        "value": 0.5,
+        "ci": None,
+        "n": 2,
+    }
+    lines = [line for line in report.markdown_table({"rows": [row]}).splitlines() if line.startswith("|")]
+    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
+    picture({"rows": [row]}, tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_behind_a_reverse_prompt_only_recall_and_refusals_are_shown(results):
     table = report.format_table(results["rows"])
     assert "broken ↓" not in table
