@@ -265,6 +265,7 @@ def in_parts(batch: Batch) -> tuple[list[Batch], mx.array | None]:
     """A batch in two, its short rows and its long ones, each as wide as its longest, where there are two streams.
 
     Besides: where each row of the batch is in the two, one after the other; None if the batch is too small for that.
+    It looks at numbers, so a step of two streams, a CPU's, cannot be compiled.
     """
     import mlx.core as mx
 

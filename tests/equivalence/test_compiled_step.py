@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from duet_mlx import methods
 from duet_mlx.model import on_gpu
 from duet_mlx.stream import WIDTHS, Stream
 from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
@@ -58,12 +59,15 @@ def test_a_compiled_step_has_the_loss_and_gradient_of_the_step_as_written(below:
             np.testing.assert_allclose(fused_means[name], mean, rtol=0, atol=atol, err_msg=name)
 
 
-def test_a_compiled_step_is_traced_once_for_each_shape_of_the_first_epoch_and_never_after() -> None:
+def test_a_compiled_step_is_traced_once_for_each_shape_of_the_first_epoch_and_never_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Tracing runs the Python of the loss and computes nothing, so no compiler is called here."""
     rng = np.random.default_rng(0)
     prompts = [[1] * int(length) for length in 2 + rng.geometric(0.05, size=48)]  # few of them long
     stream = Stream(prompts, random_targets(rng, 48, 2, 3, mx.float32), 0)
-    stream.multiple = WIDTHS  # as on a GPU
+    stream.multiple = WIDTHS  # as on a GPU,
+    monkeypatch.setattr(methods, "PART", 10**6)  # where batches stay whole
     settings = TrainSettings(iters=36, batch_size=4, forget_per_batch=2)
     steps = stream.schedule(np.arange(22), np.arange(22, 48), settings)  # windows of 11 steps, epochs of 11 and 13
     model, traced = student(mx.float32), []
