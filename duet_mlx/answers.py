@@ -13,9 +13,9 @@ import numpy as np
 
 from . import metrics
 from .data import digest
-from .errors import ModelError, note
+from .errors import note
 from .fluency import surprises
-from .generate import decode, is_finite, stop_ids
+from .generate import decode, is_finite, require_finite, stop_ids
 from .head import check_head
 from .kept_answers import KeptAnswers, Unit
 from .scores import Asked, Column
@@ -79,7 +79,7 @@ def column(
             said = [base.ids[i] for i in rows]
             found = forced(model, [prompts[i] for i in rows], said, stop, head, bar.update)
             for i, one in zip(rows, found, strict=True):
-                _require_finite(one.finite, name, asked[i])
+                require_finite(one.finite, name, asked[i].place)
                 probabilities[i] = mean_of_words(one.probabilities, words_of(i, base.ids[i]))
                 ids[i], left[i] = base.ids[i][: one.agreed], settings.max_tokens - one.agreed
                 if one.ended or not left[i]:
@@ -93,7 +93,7 @@ def column(
             for row, tokens, seen in zip(batch.rows, batch.tokens, batch.kept, strict=True):
                 i = going[row]
                 seen = seen[: min(len(tokens) + 1, limits[row])]  # what the end of the answer was chosen from too
-                _require_finite(bool(np.isfinite(seen).all()), name, asked[i])
+                require_finite(bool(np.isfinite(seen).all()), name, asked[i].place)
                 ids[i] = ids[i] + tokens
                 if base is None and plain:
                     probabilities[i] = mean_of_words(seen, words_of(i, tokens))
@@ -149,14 +149,6 @@ def _described(
         "base": None if base is None else digest(base.ids),
         "settings": {name: getattr(settings, name) for name in ("max_tokens", "batch_size")},
     }
-
-
-def _require_finite(finite: bool, name: str, asked: Asked) -> None:
-    if not finite:
-        raise ModelError(
-            f"{name}: the logits behind {asked.place} are NaN or infinite, so there is no answer to measure: the "
-            "weights are broken, or too large for this model"
-        )
 
 
 def content_words(tokenizer: Any, ids: Sequence[int], question: str) -> list[list[int]]:

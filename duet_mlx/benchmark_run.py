@@ -116,16 +116,13 @@ def replies_of(
         kept = Path(settings.out) / KEPT / f"{slug}.json"
         replies = _kept(kept, digest, f"{column}, {name}", len(items)) if kept.is_file() else []
         kept.parent.mkdir(parents=True, exist_ok=True)
-        size = 2 * settings.batch_size
-        bar = tqdm(
-            desc=f"{column}, {name}", unit="q", file=sys.stderr, disable=None if len(replies) < len(items) else True
-        )
-        asks = (context, settings.system, settings.max_tokens, settings.batch_size, bar.update)
-        with bar:
+        size, limits = 2 * settings.batch_size, (settings.max_tokens, settings.batch_size)
+        silent = True if len(replies) == len(items) else None
+        with tqdm(desc=f"{column}, {name}", unit="q", file=sys.stderr, disable=silent) as bar:
             for at in range(len(replies), len(items), size):
                 part = items[at : at + size]
                 try:
-                    more = ask(model, tokenizer, part, *asks)
+                    more = ask(model, tokenizer, part, context, settings.system, *limits, bar.update)
                 except ModelError as error:
                     raise ModelError(f"{column}, --benchmark {name}: {error}") from error
                 if same_base:

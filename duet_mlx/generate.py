@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
 
 from .context import shared_prefix
+from .errors import ModelError
 from .head import logits_at
 
 # Prompts decoded at once. On CPU a matrix product rearranges its weights in every call, whatever the number of rows:
@@ -262,6 +263,15 @@ def decode(
 def is_finite(logits: mx.array) -> np.ndarray:
     """0 where no logit of a row [B, V] is NaN or +inf, else NaN: [B]. A masked token may have -inf."""
     return np.where(np.array((logits < mx.inf).all(axis=-1)), 0.0, np.nan)
+
+
+def require_finite(finite: bool, place: str, behind: str) -> None:
+    """Raise ModelError, which begins with `place`, unless the logits behind a question are finite."""
+    if not finite:
+        raise ModelError(
+            f"{place}: the logits behind {behind} are NaN or infinite, so there is no answer to measure: the weights "
+            "are broken, or too large for this model"
+        )
 
 
 def greedy(

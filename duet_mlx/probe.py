@@ -14,7 +14,7 @@ import numpy as np
 from .benchmark_metrics import knowmem_prompt
 from .context import Context, plain_ids, plain_text, render
 from .errors import ModelError
-from .generate import decode, is_finite, stop_ids
+from .generate import decode, is_finite, require_finite, stop_ids
 from .head import check_head
 from .items import Item
 from .teacher import forced_logits
@@ -126,19 +126,16 @@ def ask(
     for rows in _alike(items, ("choice",)):
         letters = letter_ids(tokenizer, max(len(items[i].choices) for i in rows))
         for at, logits in forced_logits(model, [prompts[i] for i in rows], [[]] * len(rows), 1, head, progress):
-            for row, values in zip(at, np.array(logits)[:, 0], strict=True):
+            after = logits[:, 0]  # [B, V]
+            for row, values, seen in zip(at, np.array(after), is_finite(after), strict=True):
                 i = rows[row]
-                _require_numbers(is_finite(mx.array(values)), items[i])
+                _require_numbers(seen, items[i])
                 replies[i].choice = int(values[letters[: len(items[i].choices)]].argmax())  # ties: the earlier one
     return replies
 
 
 def _require_numbers(values: Any, item: Item) -> None:
-    if np.isnan(values).any():
-        raise ModelError(
-            f"{item.id}: the logits behind this question are NaN or infinite, so there is no answer to measure: the "
-            "weights are broken, or too large for this model"
-        )
+    require_finite(not np.isnan(values).any(), item.id, "this question")
 
 
 def room(tokenizer: Any, item: Item, max_tokens: int) -> int:

@@ -67,8 +67,7 @@ def prepare(out: Path, plan: Plan) -> Path:
         (folder / f"{name}_perturbed.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
         # In TOFU's other words: questions that nothing trains on, by which examples/compare chooses settings.
         for file, field in ((name, "question"), (f"{name}_in_other_words", "paraphrased_question")):
-            questions = [json.dumps({"question": json.loads(line)[field]}, ensure_ascii=False) for line in lines]
-            (folder / f"{file}.jsonl").write_text("\n".join(questions) + "\n", encoding="utf-8")
+            _write_questions(folder / f"{file}.jsonl", [json.loads(line)[field] for line in lines])
     for name in ("real_authors", "world_facts"):
         shutil.copy(HERE / "data" / f"{name}_perturbed.json", folder)
     _general_questions(folder, plan.general)
@@ -86,8 +85,12 @@ def _general_questions(folder: Path, most: int) -> None:
         queries = load_queries([HARRY_POTTER / "data" / f"{name}_train.jsonl"], "retain")
         unseen = [query for query in queries if question_key(query.question) not in asked]
         chosen = spread(unseen, min(most, len(unseen)), "general")
-        lines = [json.dumps({"question": query.question}, ensure_ascii=False) for query in chosen]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write_questions(folder / f"{name}.jsonl", [query.question for query in chosen])
+
+
+def _write_questions(file: Path, questions: list[str]) -> None:
+    lines = [json.dumps({"question": question}, ensure_ascii=False) for question in questions]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --- teaching -----------------------------------------------------------------------------------------------
