@@ -16,19 +16,23 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .benchmark_run import load_benchmarks
 from .compare_grid import CONTEXT, CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
 from .compare_runs import evaluated, json_of, reads, run
 from .compare_table import Result, shift, table_of
-from .errors import ConfigError, DataError, ModelError, TrainingError, run_cli
+from .data import load_queries
+from .errors import ConfigError, DataError, ModelError, TrainingError, note, run_cli
 from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED, EvaluateSettings
 from .files import make_folder, only_run_in, write_text
 from .groups import groups_of, reverse_prompts
 from .metrics import FORGET, TRAINED
 from .settings import parse, require
 from .train import read_questions
+
+if TYPE_CHECKING:
+    from .lower import LowerStates
 
 
 def main() -> None:
@@ -74,26 +78,31 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     if not trials:
         raise ConfigError("methods: context alone trains nothing; duet_mlx.evaluate without an adapter shows it")
     check_inputs(settings, trials, test)
-    chosen, failed, tried = choose(grids, test, ranked=settings.seeds > 1)
+    earlier: LowerStates = {}
+    chosen, failed, tried = choose(grids, test, earlier, settings.valid_questions, ranked=settings.seeds > 1)
 
     def report(trials: Sequence[Trial]) -> list[Result]:
         results = []
         for trial in trials:
-            if reason := run(trial):
+            if reason := run(trial, earlier):
                 failed.append({"name": trial.name, "values": trial.values, "reason": reason})
             else:
                 results.append(asked(trial, test, settings.trained))
         return results
 
-    shown = report([*chosen, *(trial for trials in swept.values() for trial in trials)])
-    if settings.only:
-        return {"table": "", "failed": failed}
-    if not shown:
-        raise TrainingError(f"no run came to an end; the first: {failed[0]['reason']}")
     again: list[Trial] = []
     if settings.seeds > 1:
         ranked = sorted(chosen, key=lambda trial: -tried[trial.name][tuple(trial.values.items())])
         again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
+    shown, ablations = report(chosen), [trial for trials in swept.values() for trial in trials]
+    if shown and (ablations or again) and not settings.only:  # these take hours
+        gather(settings, shown, [], failed, tried)
+        note(f"the methods are compared in {settings.out}/table.md; sweeps and other seeds follow")
+    shown += report(ablations)
+    if settings.only:
+        return {"table": "", "failed": failed}
+    if not shown:
+        raise TrainingError(f"no run came to an end; the first: {failed[0]['reason']}")
     return gather(settings, shown, report(again), failed, tried)
 
 
@@ -135,11 +144,12 @@ def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: Evalu
 
 
 def choose(
-    grids: dict[str, list[Trial]], test: EvaluateSettings, ranked: bool = True
+    grids: dict[str, list[Trial]], test: EvaluateSettings, earlier: LowerStates, questions: int = 0, ranked: bool = True
 ) -> tuple[list[Trial], list[dict], dict]:
     """The best trial of each method by performance shift on the validation questions; what failed; all shifts.
 
     Args:
+        earlier: as in `compare_runs.run`.  questions: of each role that a trial is asked, at most; 0: all.
         ranked: whether the methods will be compared by these shifts; if not, a single trial need not be validated.
     """
     chosen, failed = [], []
@@ -150,19 +160,26 @@ def choose(
             chosen += trials  # whether it comes to an end is seen when it is asked the test questions
             continue
         for trial in trials:
-            if reason := run(trial):
+            if reason := run(trial, earlier):
                 failed.append({"name": name, "values": trial.values, "reason": reason})
                 continue
             s = trial.settings
             if not s.valid_forget and len(trials) > 1:
                 raise ConfigError("--train: names no valid_forget, by which the best of several trials is chosen")
-            shown = only(test, model=s.model, forget=s.valid_forget or s.forget, retain=s.valid_retain or s.retain)
+            files = {"forget": s.valid_forget or s.forget, "retain": s.valid_retain or s.retain}
+            counts = {f"{role}_questions": at_most(questions, paths, role) for role, paths in files.items()}
+            shown = only(test, model=s.model, **files, **counts)
             shifts[tuple(trial.values.items())] = shift(evaluated(trial, shown, "valid"), UNLEARNED)
         tried[name] = shifts
         if shifts:
             best = max(shifts, key=lambda values: shifts[values])  # of equal ones the first
             chosen.append(next(trial for trial in trials if tuple(trial.values.items()) == best))
     return chosen, failed, tried
+
+
+def at_most(count: int, files: Sequence[str], role: str) -> int:
+    """This many questions of these files, or all where there are fewer; 0 stays 0, which is all."""
+    return min(count, len(load_queries(files, role))) if count and files else 0
 
 
 def only(test: EvaluateSettings, **asked: Any) -> EvaluateSettings:
@@ -174,12 +191,14 @@ def only(test: EvaluateSettings, **asked: Any) -> EvaluateSettings:
 
 
 def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
-    """What a run answers to the test questions, and, if wanted, to the forget questions that it was trained on."""
+    """What a run answers to the test questions, and, if wanted, to as many forget questions that it was trained on."""
     s = trial.settings
     test = replace(test, model=s.model, trained=() if trained else test.trained)
     rows = evaluated(trial, test, "test")
     if trained:
-        seen = only(test, forget=s.forget, forget_questions=s.forget_questions)
+        wanted = max(100, len(groups_of(test)[FORGET]))  # a column like that of the held-out ones, no dearer
+        count = s.forget_questions or at_most(wanted, s.forget, "forget")
+        seen = only(test, forget=s.forget, forget_questions=count)
         of_trained = [row for row in evaluated(trial, seen, "trained") if row["group"] == FORGET]
         rows = rows + [{**row, "group": TRAINED} for row in of_trained]
     return Result(trial.name, trial.values, s.seed, rows, json_of(trial.folder / "run.json"))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .compare_grid import Trial
 from .data import file_hash
@@ -20,9 +20,16 @@ from .methods import METHODS, states_of
 from .result_files import KEPT
 from .train_settings import TrainSettings
 
+if TYPE_CHECKING:
+    from .lower import LowerStates
 
-def run(trial: Trial) -> str:
-    """Train unless that was done; why it failed, or "". What it cost is kept in run.json."""
+
+def run(trial: Trial, earlier: LowerStates) -> str:
+    """Train unless that was done; why it failed, or "". What it cost is kept in run.json.
+
+    Args:
+        earlier: what runs of this process leave to each other: what came out of the layers below the adapted ones.
+    """
     import mlx.core as mx
 
     from .once import essence, train_once
@@ -39,7 +46,7 @@ def run(trial: Trial) -> str:
     mx.reset_peak_memory()
     failed = ""
     try:
-        train_once(s)
+        train_once(s, earlier)
     except DivergedError as error:  # a run that diverges is a result, and the others go on
         failed = str(error)
     except KeyboardInterrupt:
@@ -117,7 +124,7 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
         if same and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items()):
             return results["rows"]
     _lend_answers(trial, out)
-    return evaluate(settings)["rows"]
+    return evaluate(settings, pictures=False)["rows"]  # a hundred runs: the comparison's own is looked at
 
 
 def _lend_answers(trial: Trial, out: Path) -> None:

@@ -75,8 +75,8 @@ class EvaluateSettings:
     out: str = setting("", "folder for results.json, samples.jsonl and pictures")
 
 
-def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Ask every model everything; write results.json, samples.jsonl and pictures; return the first.
+def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any]:
+    """Ask every model everything; write results.json, samples.jsonl and, if wanted, pictures; return the first.
 
     Raises:
         ConfigError, DataError, ContextError, ModelError: before anything is asked, as where another run writes to
@@ -124,7 +124,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             for a, said, scored in zip(asked, column.answers, scores[name], strict=True)
         ]
         report.note_unlike(metas, meta)
-        write(Path(settings.out), results, [*map(finite, samples + benchmark_samples)])
+        write(Path(settings.out), results, [*map(finite, samples + benchmark_samples)], pictures)
         return results
 
 

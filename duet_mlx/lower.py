@@ -29,6 +29,9 @@ class Lower(NamedTuple):
     prefix: mx.array | None  # [1, P, D]
 
 
+LowerStates = dict[str, tuple[Lower, KeptStates]]  # of several runs, by a hash of what they hang on
+
+
 def find_stack(model: nn.Module) -> tuple[nn.Module, str] | None:
     """The module that holds the list of layers, and the list's name (`layers`, `h`, `blocks`, ...)."""
     wanted, waiting = [id(layer) for layer in model.layers], [model]

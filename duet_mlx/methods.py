@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Tokens that a stream has at least: with fewer, handing out twice as many operations costs more than it saves.
 PART = 64
+# Logits of a loss from which on its rows are cut as well.
+LARGE = 2**18
 
 
 class Reading(NamedTuple):
@@ -199,19 +202,38 @@ def method_loss(
     def loss(model: nn.Module, batch: Batch) -> tuple[mx.array, int]:
         read = reading(model, batch, method, numbers.get("layer", 0), prefix, head, lower)
         if method.labels == "teacher":
-            return method.loss(baselines, read, **numbers).sum(), len(batch.tokens)
+            return on_streams(partial(method.loss, baselines, **numbers), read).sum(), len(batch.tokens)
         forget, total, count = batch.forget, mx.array(0.0), 0
         first = 2 * forget if method.labels == "both" else forget  # of the retain queries
         if forget:
             sides = [read.rows(start, start + forget) for start in range(0, first, forget)]
-            total = total + gamma * method.loss(baselines, *sides, **numbers).mean()
+            total = total + gamma * on_streams(partial(method.loss, baselines, **numbers), *sides).mean()
             count += forget
         if kept := len(batch.tokens) - first:
-            total = total + alpha * method.retain(baselines, read.rows(first, first + kept)).mean()
+            rows = read.rows(first, first + kept)
+            total = total + alpha * on_streams(partial(method.retain, baselines), rows).mean()
             count += kept
         return count * total, count
 
     return loss
+
+
+def on_streams(losses: Callable[..., mx.array], *sides: Reading) -> mx.array:
+    """losses(*sides) [b], of all V logits one part of the rows on each stream: on a CPU, what is elementwise has one
+    core a stream."""
+    import mlx.core as mx
+
+    from .generate import streams
+
+    if sides[0].student.size < LARGE or len(streams()) == 1:
+        return losses(*sides)
+    parts = []
+    cuts = np.linspace(0, len(sides[0].student), len(streams()) + 1).round().astype(int)
+    for stream, start, stop in zip(streams(), cuts[:-1], cuts[1:], strict=True):
+        if start < stop:
+            with mx.stream(stream):
+                parts.append(losses(*(side.rows(start, stop) for side in sides)))
+    return mx.concatenate(parts)
 
 
 def reading(

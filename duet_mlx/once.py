@@ -7,12 +7,15 @@ import time
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .dry_run import dry_run
 from .errors import ConfigError
 from .resume import load_state
 from .train import TrainSettings, prepare, train
+
+if TYPE_CHECKING:
+    from .lower import LowerStates
 
 # Settings that say how a run is watched and kept, not what comes out of it.
 BOOKKEEPING = {
@@ -64,8 +67,11 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def train_once(settings: TrainSettings) -> None:
+def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> None:
     """Keep, resume, or set aside and train.
+
+    Args:
+        earlier: as in `train.run_lower`.
 
     Raises:
         DuetError: as `prepare` and `train`; a folder that holds other things than an adapter is refused as there.
@@ -87,4 +93,4 @@ def train_once(settings: TrainSettings) -> None:
             return
         elif step:
             settings = replace(settings, resume_adapter_file=str(folder / "adapters.safetensors"))
-    train(settings, prepared)
+    train(settings, prepared, earlier)

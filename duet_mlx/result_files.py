@@ -42,8 +42,11 @@ def _is_odd(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]], pictures: bool = True) -> None:
     """Write each file whole or not at all; the pictures last, for they are drawn from what is in the others.
+
+    Args:
+        pictures: False draws none.
 
     Raises:
         TrainingError: no room.
@@ -65,5 +68,7 @@ def write(out: Path, results: dict[str, Any], samples: list[dict[str, Any]]) -> 
         for partial in partials.values():
             partial.unlink(missing_ok=True)
         raise TrainingError(f"{out / name}: cannot be written ({error.strerror}); the answers are kept") from error
+    if not pictures:
+        return
     picture(results, *(out / name for name in PICTURES))
     question_picture(samples, *(out / name for name in QUESTIONS))

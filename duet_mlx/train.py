@@ -20,7 +20,7 @@ import numpy as np
 from . import BLAS
 from .checkpoint import Checkpoint, State, adapter_config
 from .context import Context, load_contexts, render
-from .data import Query, check_disjoint, load_queries, spread
+from .data import Query, check_disjoint, digest, load_queries, spread
 from .errors import TrainingError, run_cli
 from .files import folder_for_adapter, only_run_in, write_text
 from .kept_targets import manifest, saved_or_built
@@ -36,7 +36,9 @@ from .watch import interrupts_noted
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from .lower import Lower
+    from .lower import Lower, LowerStates
+
+LENT = 4  # sets of questions whose states from the lower layers one run leaves to the next of its process
 
 
 class Prepared(NamedTuple):
@@ -130,17 +132,26 @@ def _read(
         return saved_or_built(path, model, tokenizer, queries, contexts, settings, head, asked, targets_of, keep)
 
     targets, described = read("targets.safetensors", queries)
-    valid_targets = read("valid_targets.safetensors", valid)[0] if valid else None
+    watched = valid and settings.steps_per_eval
+    valid_targets = read("valid_targets.safetensors", valid)[0] if watched else None
     return Prepared(model, tokenizer, folder, head, contexts, queries, targets, described, valid, valid_targets)
 
 
 def run_lower(
-    model: nn.Module, layer: int, prefix: list[int], streams: list[Stream], folder: Path | None = None
+    model: nn.Module,
+    layer: int,
+    prefix: list[int],
+    streams: list[Stream],
+    folder: Path | None = None,
+    earlier: LowerStates | None = None,
+    base: str = "",
 ) -> Lower | None:
     """Run what lies below the first adapted layer once for all batches of these streams; None: it is run in each.
 
     Args:
         folder: whose disk takes what comes out; by default that of temporary files.
+        earlier: what came out in earlier runs of this process; taken where it is the same, and this run's is put there.
+        base: the hash of the model's weights, by which `earlier` tells bases apart.
 
     Raises:
         TrainingError: the disk has no room.
@@ -159,16 +170,25 @@ def run_lower(
     if reason:
         print(f"note: layers 0 to {layer - 1} are run in every step ({reason})")
         return None
-    print(f"layers 0 to {layer - 1} are not trained: they are run once, now")
-    count = sum(len(stream.sequences) for stream in streams)
-    with tqdm(total=count, desc="lower layers", unit="q", file=sys.stdout, leave=False) as bar:
-        for stream in streams:
-            lower, stream.hidden = hidden_states(model, layer, prefix, stream.sequences, bar.update, folder)
+    earlier = {} if earlier is None else earlier
+    keys = [digest([base, layer, prefix, stream.sequences]) for stream in streams]
+    missing = [stream for key, stream in zip(keys, streams, strict=True) if key not in earlier]
+    print(f"layers 0 to {layer - 1} are not trained: they {'are run once, now' if missing else 'were run before'}")
+    count = sum(len(stream.sequences) for stream in missing)
+    with tqdm(total=count, desc="lower layers", unit="q", file=sys.stdout, leave=False, disable=not missing) as bar:
+        for key, stream in zip(keys, streams, strict=True):
+            found = earlier.pop(key, None) or hidden_states(model, layer, prefix, stream.sequences, bar.update, folder)
+            earlier[key] = lower, stream.hidden = found  # the last that was used stands last
+    for key in list(earlier)[:-LENT]:
+        del earlier[key]
     return lower
 
 
-def train(settings: TrainSettings, prepared: Prepared) -> Path:
+def train(settings: TrainSettings, prepared: Prepared, earlier: LowerStates | None = None) -> Path:
     """Run all steps and leave the adapter folder; returns it.
+
+    Args:
+        earlier: as in `run_lower`.
 
     Raises:
         ConfigError: the run to go on with is another one, or another process writes into the folder.
@@ -177,10 +197,10 @@ def train(settings: TrainSettings, prepared: Prepared) -> Path:
         KeyboardInterrupt: after saving, with a line that says how to go on.
     """
     with only_run_in(folder_for_adapter(settings)):  # looked at again: another run may have filled it since `prepare`
-        return _train(settings, prepared)
+        return _train(settings, prepared, earlier)
 
 
-def _train(settings: TrainSettings, prepared: Prepared) -> Path:
+def _train(settings: TrainSettings, prepared: Prepared, earlier: LowerStates | None) -> Path:
     """`train`, while no other run writes into the folder."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -211,7 +231,8 @@ def _train(settings: TrainSettings, prepared: Prepared) -> Path:
     valid_stream = Stream(watched, valid_targets, prefix, valid_forget) if valid_targets else None
     batches = stream.schedule(forget, kept, settings)
     shared = list(prompts[0][:prefix])
-    lower = run_lower(model, len(model.layers) - layers, shared, [s for s in (stream, valid_stream) if s], path)
+    streams = [s for s in (stream, valid_stream) if s]
+    lower = run_lower(model, len(model.layers) - layers, shared, streams, path, earlier, described["model"])
 
     optimizer = make_optimizer(settings)
     optimizer.init(model.trainable_parameters())

@@ -28,17 +28,15 @@ TRIED = {"learning_rate": ["1e-3", 0.05]}
 
 
 @pytest.fixture
-def comparison(model, data, tmp_path, monkeypatch):
+def comparison(model, data, tmp_path):
     """comparison(methods, more settings) writes the three YAML files; the path of the comparison's."""
-    # Each evaluation's own pictures would take most of the time; the comparison's is drawn.
-    monkeypatch.setattr("duet_mlx.result_files.picture", lambda *_: None)
     files = dict(zip(data[::2], data[1::2], strict=True))
     valid = [str(write_questions(tmp_path / f"{role}_valid.jsonl", [text]))
              for role, text in (("forget", "Who owns the red broom?"), ("retain", "What do birds make?"))]  # fmt: skip
     train = {
         "model": str(model), "forget": [files["--forget"]], "retain": [files["--retain"]],
         "context": files["--context"], "valid_forget": valid[0], "valid_retain": valid[1], "iters": 4,
-        "batch_size": 4, "top_k": 5, "positions": 3, "steps_per_eval": 0, "save_every": 0, "answer_tokens": 6,
+        "batch_size": 4, "top_k": 5, "positions": 3, "steps_per_eval": 0, "save_every": 0, "answer_tokens": 6, "num_layers": 1,
     }  # fmt: skip
     test = {
         "model": str(model), "forget": valid[0], "retain": valid[1], "context": files["--context"], "max_tokens": 4,
@@ -77,7 +75,9 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     assert len([run for run in results["meta"]["runs"] if run["seed"] == 1]) == 1
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in ended.out and all(model in table for model in models) and "seeds 0, 1: shift" in table
-    assert (tmp_path / "out" / "results.png").stat().st_size > 1000
+    assert [path.parent for path in (tmp_path / "out").rglob("results.png")] == [tmp_path / "out"]
+    # What comes out of the layer below the adapted one: once along the teacher's words, once along the base's answers.
+    assert ended.out.count("are run once, now") == 2 and ended.out.count("were run before") == 5
 
     adapters = {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
     assert len(adapters) == 7  # twice two trials, two of the sweep, one of another seed
@@ -96,9 +96,9 @@ def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, mo
         figures = {"base": 1.0, "unlearned": recall[trial.values["beta"]]}
         return [{"model": m, "group": "forget", "metric": "recall", "value": v} for m, v in figures.items()]
 
-    monkeypatch.setattr("duet_mlx.compare.run", lambda trial: "diverged" if trial.values["beta"] == 4 else "")
+    monkeypatch.setattr("duet_mlx.compare.run", lambda trial, _: "diverged" if trial.values["beta"] == 4 else "")
     monkeypatch.setattr("duet_mlx.compare.evaluated", told)
-    [chosen], [failed], tried = choose(grids, EvaluateSettings())
+    [chosen], [failed], tried = choose(grids, EvaluateSettings(), {})
     assert chosen.values == {"beta": 2} and failed["values"] == {"beta": 4}
     assert [round(value) for value in tried["npo"].values()] == [50, 80, 80]
 
@@ -173,7 +173,7 @@ def test_targets_are_lent_by_the_run_that_has_them_and_not_by_the_last_one(comma
     ended = command("compare", "-c", comparison({"duet": {"positions": 3}}, sweeps=sweeps))
     assert ended.code == 0, ended.err
     built = {run.partition(" ")[0]: "targets: built" in run for run in ended.out.split("== ")[1:-1]}
-    assert ended.out.count("targets: built now") == 2 * 3  # of training and of validation
+    assert ended.out.count("targets: built now") == 3  # none for validation questions, which no step watches
     assert "targets: reused" in ended.out.split("== δ")[1], built
 
 
