@@ -13,14 +13,17 @@ HELD_OUT := $(wildcard $(EXAMPLE)/data/*_test.jsonl $(EXAMPLE)/reverse_prompts.*
 # Two tests at a time (more cores: up to four), each file in one process, so that what a file trains is trained once.
 # The order is that of the folders: the long files come first, the short ones of tests/unit fill up the end.
 WORKERS ?= logical
-PYTEST  := OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST   = OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+           --hypothesis-profile $(PROFILE)
+# Examples of each property: 20 (quick); 200 in CI, which .ci/run and GitHub say by setting CI.
+PROFILE ?= $(if $(CI),ci,quick)
 PYTEST_ARGS ?=
 WORDS ?=
 
 .DEFAULT_GOAL := help
 # Each step is a stamp that the next one looks at.
 .NOTPARALLEL:
-.PHONY: help install blas model demo demo-paper tofu bench test quick coverage mutants lint format clean
+.PHONY: help install blas model demo demo-paper tofu bench test coverage mutants lint format clean
 
 help: ## list what can be done
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,14 +103,11 @@ bench: $(VENV)/.dev blas model ## this project against a plain mlx-lm loop: rati
 
 # ---- development ----
 
-test: $(VENV)/.dev blas model ## the whole suite, 200 examples a property
-	$(PYTEST) --hypothesis-profile ci $(PYTEST_ARGS)
-
-quick: $(VENV)/.dev blas model ## the suite with 20 examples a property
-	$(PYTEST) --hypothesis-profile quick $(PYTEST_ARGS)
+test: $(VENV)/.dev blas model ## the whole suite: 20 examples a property, 200 with CI=1
+	$(PYTEST) $(PYTEST_ARGS)
 
 coverage: $(VENV)/.dev blas model ## the suite with branch coverage
-	$(PYTEST) --hypothesis-profile ci --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev blas ## seed faults one at a time (WORDS='adam rope': those alone), each must fail a test
 	$(PY) -m tests.mutants $(WORDS)

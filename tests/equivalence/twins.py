@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -130,6 +131,12 @@ def tiny_models(draw: Any, layers: Sequence[int]) -> Tiny:
     return Tiny(modules[family], arguments, config, bits, group_size, draw(st.integers(0, 2**32)))
 
 
+@lru_cache(maxsize=1000)
+def rendered(question: str, context: Context | None = None) -> list[int]:
+    """The backend's rendering, once: a run asks for the same questions in each of its 20 steps. Not to be changed."""
+    return render(TOKENIZER, question, context)
+
+
 class Run(NamedTuple):
     """A model, questions, contexts and settings."""
 
@@ -159,7 +166,7 @@ class Run(NamedTuple):
         model.load_weights([(name, mx.array(array, dtype=dtype)) for name, array in arrays.items()], strict=False)
 
     def prompts(self) -> list[list[int]]:
-        return [render(TOKENIZER, query.question) for query in self.queries]
+        return [rendered(query.question) for query in self.queries]
 
     def stream(self, targets: Targets, prefix: int) -> tuple[Stream, list[np.ndarray]]:
         """The backend's batches, and which queries each step of training has."""
@@ -174,8 +181,8 @@ class Run(NamedTuple):
         questions = {query.id: query.question for query in self.queries}
         contexts = {context.name: context for context in self.contexts}
 
-        def rendered(query: ref_context.Query, context: ref_context.Context | None) -> list[int]:
-            return render(TOKENIZER, questions[query.id], context and contexts[context.name])
+        def of_query(query: ref_context.Query, context: ref_context.Context | None) -> list[int]:
+            return rendered(questions[query.id], context and contexts[context.name])
 
         stop = tuple(TOKENIZER.eos_token_ids)
         return {
@@ -184,7 +191,7 @@ class Run(NamedTuple):
             "settings": duet.Settings(
                 s.top_k, s.positions, s.candidates, s.retain_context, s.delta, s.center, s.first_share, stop
             ),
-            "render": rendered,
+            "render": of_query,
         }
 
 
