@@ -71,7 +71,8 @@ def test_prefix_lower_layers_padding_and_cutting_change_no_loss_and_no_gradient(
                     wider["hidden"] = mx.pad(batch.hidden, ((0, 0), (0, more), (0, 0)))
                 batch = batch._replace(**wider)
             loss = method_loss(settings, prompts[0][:length], head, lower)
-            with patch.object(methods, "PART", part), patch.object(generate, "PIECE", part + 1):
+            cut = [patch.object(methods, name, part) for name in ("PART", "LARGE")]
+            with cut[0], cut[1], patch.object(generate, "PIECE", part + 1):
                 (total, count), gradient = nn.value_and_grad(model, loss)(model, batch)
             assert count == len(queries)
             return total.item(), dict(tree_flatten(gradient))

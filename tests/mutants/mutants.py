@@ -565,15 +565,15 @@ BACKEND = (
     Mutant(
         "duet_mlx/baselines.py",
         "the log-likelihood is of raw logits",
-        "    return shifted - mx.logsumexp(shifted, axis=-1, keepdims=True)",
-        "    return shifted",
+        "axis=-1)[..., 0] - mx.log(total), 0)",
+        "axis=-1)[..., 0], 0)",
         "tests/equivalence/test_methods_equivalence.py",
     ),
     Mutant(
         "duet_mlx/baselines.py",
         "FLAT's mean probability counts padding, each position as 1",
-        "probs = mx.where(answers.mask, mx.exp(token_log_probs(answers)), 0)",
-        "probs = mx.exp(token_log_probs(answers))",
+        "return _mean_over(mx.exp(token_log_probs(answers)), answers.mask)",
+        "return mx.exp(token_log_probs(answers)).sum(axis=-1) / answer_length(answers.mask)",
         "tests/equivalence/test_methods_equivalence.py",
     ),
     Mutant(
@@ -600,8 +600,8 @@ BACKEND = (
     Mutant(
         "duet_mlx/methods.py",
         "the weights of forget and retain loss swapped",
-        "total = total + gamma * method.loss(",
-        "total = total + alpha * method.loss(",
+        "total = total + gamma * on_streams(",
+        "total = total + alpha * on_streams(",
         "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references",
     ),
     Mutant(
@@ -631,6 +631,27 @@ BACKEND = (
         "for rows in (order[:short], order[short:])]",
         "for rows in (order[:short], order[: len(order) - short])]",
         "tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
+        "duet_mlx/methods.py",
+        "the second stream has the losses of the first one's rows",
+        "parts.append(losses(*(side.rows(start, stop) for side in sides)))",
+        "parts.append(losses(*(side.rows(0, stop - start) for side in sides)))",
+        "tests/equivalence/test_method_invariants.py",
+    ),
+    Mutant(
+        "duet_mlx/baselines.py",
+        "KL without the target's own total",
+        "(mx.log(total) - mx.log(of_target))",
+        "mx.log(total)",
+        "tests/equivalence/test_methods_equivalence.py",
+    ),
+    Mutant(
+        "duet_mlx/train.py",
+        "the lower layers' states of an earlier run, whatever it read",
+        "keys = [digest([base, layer, prefix, stream.sequences]) for stream in streams]",
+        "keys = [digest([base, layer, prefix]) for stream in streams]",
+        "tests/cli/test_compare.py::test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice",
     ),
     Mutant(
         "duet_mlx/stream.py",
