@@ -102,7 +102,7 @@ def weighted_total(
         forget, retain: what a loss of this file returned, (losses, gradient, ...). The two batches share no
             logits, so each gradient is only scaled by its own weight. The numbers of queries may differ.
     """
-    value = float(gamma * forget[0].mean() + alpha * retain[0].mean())
+    value = gamma * forget[0].mean() + alpha * retain[0].mean()
     return value, *(gamma * g for g in forget[1:]), *(alpha * g for g in retain[1:])
 
 

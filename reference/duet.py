@@ -121,4 +121,4 @@ def loss_and_gradients(
     by_logits = np.zeros_like(logits)
     np.add.at(by_logits, places, by_candidates)  # masked places repeat others, with 0: hence add, not set
     gradients, _ = backward(by_logits)
-    return float(losses.mean()), gradients
+    return losses.mean(), gradients

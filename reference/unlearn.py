@@ -94,7 +94,7 @@ def loss_and_gradients(
     for (_, back), by_one in zip(readings, by_read, strict=True):
         for name, gradient in back(by_one).items():
             gradients[name] = gradients[name] + gradient
-    return float(value), gradients
+    return value, gradients
 
 
 def run(
