@@ -149,6 +149,16 @@ def side_by_side(
         yield from zip(group, done, strict=True)
 
 
+def on_each_stream(count: int, compute: Callable[[np.ndarray], mx.array]) -> list[mx.array]:
+    """compute(rows) of each part of `count` rows, one part a stream; nothing is evaluated."""
+    done = []
+    for rows, stream in zip(np.array_split(np.arange(count), len(streams())), streams(), strict=True):
+        if len(rows):
+            with mx.stream(stream):
+                done.append(compute(rows))
+    return done
+
+
 class Answers(NamedTuple):
     """What a batch of prompts is answered."""
 

@@ -202,38 +202,35 @@ def method_loss(
     def loss(model: nn.Module, batch: Batch) -> tuple[mx.array, int]:
         read = reading(model, batch, method, numbers.get("layer", 0), prefix, head, lower)
         if method.labels == "teacher":
-            return on_streams(partial(method.loss, baselines, **numbers), read).sum(), len(batch.tokens)
+            return by_parts(partial(method.loss, baselines, **numbers), read).sum(), len(batch.tokens)
         forget, total, count = batch.forget, mx.array(0.0), 0
         first = 2 * forget if method.labels == "both" else forget  # of the retain queries
         if forget:
             sides = [read.rows(start, start + forget) for start in range(0, first, forget)]
-            total = total + gamma * on_streams(partial(method.loss, baselines, **numbers), *sides).mean()
+            total = total + gamma * by_parts(partial(method.loss, baselines, **numbers), *sides).mean()
             count += forget
         if kept := len(batch.tokens) - first:
             rows = read.rows(first, first + kept)
-            total = total + alpha * on_streams(partial(method.retain, baselines), rows).mean()
+            total = total + alpha * by_parts(partial(method.retain, baselines), rows).mean()
             count += kept
         return count * total, count
 
     return loss
 
 
-def on_streams(losses: Callable[..., mx.array], *sides: Reading) -> mx.array:
-    """losses(*sides) [b], of all V logits one part of the rows on each stream: on a CPU, what is elementwise has one
-    core a stream."""
+def by_parts(losses: Callable[..., mx.array], *sides: Reading) -> mx.array:
+    """losses(*sides) [b]; of many logits one part of the rows on each stream, as elementwise work has one core each."""
     import mlx.core as mx
 
-    from .generate import streams
+    from .generate import on_each_stream
 
-    if sides[0].student.size < LARGE or len(streams()) == 1:
+    if sides[0].student.size < LARGE:
         return losses(*sides)
-    parts = []
-    cuts = np.linspace(0, len(sides[0].student), len(streams()) + 1).round().astype(int)
-    for stream, start, stop in zip(streams(), cuts[:-1], cuts[1:], strict=True):
-        if start < stop:
-            with mx.stream(stream):
-                parts.append(losses(*(side.rows(start, stop) for side in sides)))
-    return mx.concatenate(parts)
+
+    def of(rows: np.ndarray) -> mx.array:
+        return losses(*(side.rows(rows[0], rows[-1] + 1) for side in sides))
+
+    return mx.concatenate(on_each_stream(len(sides[0].student), of))
 
 
 def reading(

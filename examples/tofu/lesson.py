@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duet_mlx.context import render
-from duet_mlx.generate import branch, common_prefix, encode_prefix, pad, streams
+from duet_mlx.generate import branch, common_prefix, encode_prefix, on_each_stream, pad
 from duet_mlx.head import check_head, logits_at
 from duet_mlx.items import Item
 from duet_mlx.lower import entering, hidden_states
@@ -42,11 +42,7 @@ class Lesson:
         """Mean negative log-likelihood of the tokens of these rows' answers; each stream has a part of the rows."""
         with entering(self.model, self.lower.layer, self.lower.prefix):
             shared = encode_prefix(self.model, self.prefix, whole=True)
-        parts = []
-        for part, stream in zip(np.array_split(rows, len(streams())), streams(), strict=True):
-            if len(part):
-                with mx.stream(stream):
-                    parts.append(self.summed(part, shared))
+        parts = on_each_stream(len(rows), lambda part: self.summed([rows[i] for i in part], shared))
         return sum(parts) / sum(len(self.answers[row]) for row in rows)
 
     def summed(self, rows: Sequence[int], shared: list) -> mx.array:

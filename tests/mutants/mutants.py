@@ -600,8 +600,8 @@ BACKEND = (
     Mutant(
         "duet_mlx/methods.py",
         "the weights of forget and retain loss swapped",
-        "total = total + gamma * on_streams(",
-        "total = total + alpha * on_streams(",
+        "total = total + gamma * by_parts(",
+        "total = total + alpha * by_parts(",
         "tests/equivalence/test_method_runs.py::test_a_free_run_in_float64_is_the_references",
     ),
     Mutant(
@@ -635,8 +635,8 @@ BACKEND = (
     Mutant(
         "duet_mlx/methods.py",
         "the second stream has the losses of the first one's rows",
-        "parts.append(losses(*(side.rows(start, stop) for side in sides)))",
-        "parts.append(losses(*(side.rows(0, stop - start) for side in sides)))",
+        "side.rows(rows[0], rows[-1] + 1) for side",
+        "side.rows(0, len(rows)) for side",
         "tests/equivalence/test_method_invariants.py",
     ),
     Mutant(
