@@ -187,7 +187,7 @@ def only(test: EvaluateSettings, **asked: Any) -> EvaluateSettings:
     nothing: dict[str, Any] = dict.fromkeys(("trained", "retain", "neighbours", "also", "benchmark", "beside"), ())
     nothing |= dict.fromkeys(("context", "topic", "context_name", "reverse_prompts", "retrained"))
     nothing |= dict.fromkeys(("forget_questions", "retain_questions", "neighbour_questions"), 0)
-    return replace(test, **{**nothing, **asked})
+    return replace(test, answers_only=True, **{**nothing, **asked})
 
 
 def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:

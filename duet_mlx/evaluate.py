@@ -66,6 +66,7 @@ class EvaluateSettings:
     reverse_questions: int = setting(0, "ask only so many forget questions, evenly spread, behind each (0: all)")
     # As long as KnowMem's (reference/README.md): room for a sentence, and the figures stay comparable.
     max_tokens: int = setting(32, "most new tokens of an answer")
+    answers_only: bool = setting(False, "take neither perplexity nor probability of the base's words: half the time")
     batch_size: int = setting(128, "questions decoded together: changes speed and memory alone")
     seed: int = setting(0, "seed of the bootstrap; answers are greedy and need none")
     beside: tuple[str, ...] = setting((), "NAME=results.json: its 'unlearned' as one more column")
@@ -107,7 +108,8 @@ def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any
         except KeyboardInterrupt:
             kept = Path(settings.out) / KEPT
             raise KeyboardInterrupt(f"answers so far are kept in {kept}; the same command goes on from them") from None
-        scores = {name: score(asked, column, columns[BASE]) for name, column in columns.items()}
+        judged = not settings.answers_only
+        scores = {name: score(asked, column, columns[BASE], judged) for name, column in columns.items()}
         rows, meta["worst_reverse"] = rows_of(asked, scores, settings.seed)
         more, benchmark_samples = rows_and_samples(benchmarks, replies, settings.seed)
         results = {"meta": meta, "rows": [*map(finite, rows + more), *beside]}

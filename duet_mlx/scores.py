@@ -48,8 +48,12 @@ class Column:
     surprises: list[float | None]
 
 
-def score(asked: Sequence[Asked], column: Column, base: Column) -> list[Scores]:
-    """Each question's scores. The target is the base's answer to the plain question, behind a prompt too."""
+def score(asked: Sequence[Asked], column: Column, base: Column, judged: bool = True) -> list[Scores]:
+    """Each question's scores. The target is the base's answer to the plain question, behind a prompt too.
+
+    Args:
+        judged: whether perplexity and probability were taken.
+    """
     plain = {a.query.id: i for i, a in enumerate(asked) if a.group == FORGET}
     words = [metrics.rouge_words(answer) for answer in column.answers]
     base_words = [metrics.rouge_words(answer) for answer in base.answers]
@@ -61,12 +65,13 @@ def score(asked: Sequence[Asked], column: Column, base: Column) -> list[Scores]:
         for i, value in zip(rows, values, strict=True):
             floor[i] = value
     return [
-        _score_one(a, column, base, i, targets[i], words[i]) | {"recall_floor": floor[i]} for i, a in enumerate(asked)
+        _score_one(a, column, base, i, targets[i], words[i], judged) | {"recall_floor": floor[i]}
+        for i, a in enumerate(asked)
     ]
 
 
 def _score_one(
-    asked: Asked, column: Column, base: Column, i: int, target: tuple[str, ...], words: tuple[str, ...]
+    asked: Asked, column: Column, base: Column, i: int, target: tuple[str, ...], words: tuple[str, ...], judged: bool
 ) -> Scores:
     recall, f1 = metrics.rouge_l(target, words)
     answer = asked.query.answer
@@ -83,7 +88,7 @@ def _score_one(
         "refused_all": refused,
         "broken": float(metrics.is_broken(column.answers[i])),
     }
-    if asked.prefix:  # neither is taken there
+    if asked.prefix or not judged:  # neither is taken there
         return scores
     return {**scores, "perplexity": column.surprises[i], "probability": column.probabilities[i]}
 

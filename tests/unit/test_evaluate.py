@@ -302,6 +302,15 @@ def test_the_perplexity_of_every_answer_is_the_bases_behind_the_question_alone(s
     assert rows["unlearned", "forget"]["value"] > rows["base", "forget"]["value"]
 
 
+def test_answers_alone_are_the_same_answers_without_perplexity_and_probability(settings, tmp_path):
+    def figures(**changes):
+        rows = ev.evaluate(but(settings, **changes))["rows"]
+        return {(row["model"], row["group"], row["metric"]): (row["value"], row["n"]) for row in rows}
+
+    whole, alone = figures(), figures(answers_only=True, out=str(tmp_path / "alone"))
+    assert alone == {key: found for key, found in whole.items() if key[2] not in ("perplexity", "probability")} != whole
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_perplexity_is_of_answers_whose_base_can_be_asked(kind, settings, tmp_path):
     """LoRA can be switched off. Of a DoRA adapter the length of each row stays, and the base is out of reach."""
