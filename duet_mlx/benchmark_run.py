@@ -110,7 +110,8 @@ def replies_of(
 
     found: dict[str, list[Reply]] = {}
     for name, items in benchmarks.items():
-        asked = [settings.system, settings.max_tokens, same_base, context, items]
+        judged = same_base and not settings.answers_only
+        asked = [settings.system, settings.max_tokens, judged, context, items]
         digest = _digest([code_hash(), DATE.isoformat(), column, *identity, *asked])
         slug = re.sub(r"[^\w-]+", "_", f"{name} {column}")
         kept = Path(settings.out) / KEPT / f"{slug}.json"
@@ -125,7 +126,7 @@ def replies_of(
                     more = ask(model, tokenizer, part, context, settings.system, *limits, bar.update)
                 except ModelError as error:
                     raise ModelError(f"{column}, --benchmark {name}: {error}") from error
-                if same_base:
+                if judged:
                     judge(model, tokenizer, part, more, settings.system)
                 replies += more
                 given = [asdict(reply) for reply in replies]

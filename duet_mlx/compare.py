@@ -56,6 +56,8 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     require(settings, "train", "evaluate", "methods", "out")
     if settings.seeds < 1 or settings.best < 1:
         raise ConfigError(f"--seeds {settings.seeds}, --best {settings.best}: expected 1 or more")
+    if settings.valid_questions < 0:
+        raise ConfigError(f"--valid-questions {settings.valid_questions}: expected 0 or more")
     if settings.quick:
         settings = replace(
             settings, out=settings.out.rstrip("/") + "-quick", sweeps={}, seeds=1, trained=False, also=()
@@ -91,11 +93,12 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
         return results
 
     again: list[Trial] = []
-    if settings.seeds > 1:
+    if settings.seeds > 1 and not settings.only:
         ranked = sorted(chosen, key=lambda trial: -tried[trial.name][tuple(trial.values.items())])
         again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
     shown, ablations = report(chosen), [trial for trials in swept.values() for trial in trials]
-    if shown and (ablations or again) and not settings.only:  # these take hours
+    earlier_table = (Path(settings.out) / "results.json").exists()  # of more, it may be
+    if shown and (ablations or again) and not settings.only and not earlier_table:  # these take hours
         gather(settings, shown, [], failed, tried)
         note(f"the methods are compared in {settings.out}/table.md; sweeps and other seeds follow")
     shown += report(ablations)
@@ -191,12 +194,16 @@ def only(test: EvaluateSettings, **asked: Any) -> EvaluateSettings:
 
 
 def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
-    """What a run answers to the test questions, and, if wanted, to as many forget questions that it was trained on."""
+    """What a run answers to the test questions, and, if wanted, to forget questions that it was trained on.
+
+    Of these all that `forget_questions` took; else as many as are held out, 100 at least, evenly spread.
+    """
     s = trial.settings
     test = replace(test, model=s.model, trained=() if trained else test.trained)
     rows = evaluated(trial, test, "test")
     if trained:
-        wanted = max(100, len(groups_of(test)[FORGET]))  # a column like that of the held-out ones, no dearer
+        # A hundred have an interval that is narrow enough beside the others.
+        wanted = max(100, len(groups_of(test).get(FORGET, ())))
         count = s.forget_questions or at_most(wanted, s.forget, "forget")
         seen = only(test, forget=s.forget, forget_questions=count)
         of_trained = [row for row in evaluated(trial, seen, "trained") if row["group"] == FORGET]

@@ -42,7 +42,7 @@ def dry_run(settings: TrainSettings) -> None:
     def wanted(settings: TrainSettings) -> Estimate:
         model = skeleton(folder, settings.trust_remote_code)
         check_lora(model, settings.num_layers, settings.lora_parameters["rank"])
-        return estimate(settings, model, tokenizer, queries, valid if settings.steps_per_eval else [], contexts, stored)
+        return estimate(settings, model, tokenizer, queries, valid, contexts, stored)
 
     found = wanted(settings)
     forget = sum(query.role == "forget" for query in queries)

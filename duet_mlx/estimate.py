@@ -206,9 +206,8 @@ def estimate(
     token = mx.zeros((1, 1), mx.int32)
     vocabulary = logits_at(model, token, token).shape[-1]
     weights, parameters = nbytes(model.parameters()), _numbers(model.parameters())
-    read = [
-        frozen_pass(settings, model, rendered, part, contexts, head, n, vocabulary) for part in (queries, valid) if part
-    ]
+    asked = [part for part in (queries, valid if settings.steps_per_eval else []) if part]
+    read = [frozen_pass(settings, model, rendered, part, contexts, head, n, vocabulary) for part in asked]
     working, of_cache, _ = max(read, key=lambda one: one[0] + one[1])
     name = "teacher" if method.labels == "teacher" else "answers"
     phases = [Phase(name, {"weights": weights, "cache": of_cache, "working memory": working})]
@@ -238,9 +237,10 @@ def estimate(
 
     on_disk = 0
     if first:
-        tokens = int(stream.lengths.sum()) + sum(len(prompt) - prefix + n - 1 for prompt in watched)
+        extra = watched if settings.steps_per_eval else []
+        tokens = int(stream.lengths.sum()) + sum(len(prompt) - prefix + n - 1 for prompt in extra)
         on_disk = tokens * into_last.nbytes
-        once = scoring(model, prompts + watched, n, lambda m, t, cache: hidden_at(m, first, t, cache), 32)
+        once = scoring(model, prompts + extra, n, lambda m, t, cache: hidden_at(m, first, t, cache), 32)
         phases.append(Phase("lower layers", {"weights": weights, "adapters": adapters, "working memory": once}))
     longest = max(steps, key=lambda rows: stream.lengths[rows].max())
     step = training_step(settings, model, head if in_layers else None, stream, longest, prompts[0][:prefix], first)

@@ -135,7 +135,8 @@ UNDEFINED = {
     "recall_floor": "needs two questions to which the base has an answer",
     "recall_gold": "the base got none of these questions right",
     "refused": "the base itself refuses all of these questions",
-    "perplexity": "taken only of answers that the base could be asked about: not empty, and from the same model",
+    "perplexity": "taken only of answers that the base could be asked about: not empty, of the same model, and without "
+    "--answers-only",
     "probability": "the base's own answers hold no content word",
 }
 

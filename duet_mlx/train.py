@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
     from .lower import Lower, LowerStates
 
-LENT = 4  # sets of questions whose states from the lower layers one run leaves to the next of its process
+# Sets of questions whose states from the lower layers a process keeps: runs may take turns with two kinds of targets
+# (KL's grid over `positions`), each with questions to learn and to watch.
+LENT = 4
 
 
 class Prepared(NamedTuple):
@@ -151,7 +153,7 @@ def run_lower(
     Args:
         folder: whose disk takes what comes out; by default that of temporary files.
         earlier: what came out in earlier runs of this process; taken where it is the same, and this run's is put there.
-        base: the hash of the model's weights, by which `earlier` tells bases apart.
+        base: what tells the base from that of other runs, for `earlier`.
 
     Raises:
         TrainingError: the disk has no room.
@@ -172,15 +174,23 @@ def run_lower(
         return None
     earlier = {} if earlier is None else earlier
     keys = [digest([base, layer, prefix, stream.sequences]) for stream in streams]
+    others = [key for key in earlier if key not in keys]
+    for key in others[: max(0, len(others) + len(keys) - LENT)]:  # before there are new ones on the disk
+        del earlier[key]
     missing = [stream for key, stream in zip(keys, streams, strict=True) if key not in earlier]
     print(f"layers 0 to {layer - 1} are not trained: they {'are run once, now' if missing else 'were run before'}")
     count = sum(len(stream.sequences) for stream in missing)
     with tqdm(total=count, desc="lower layers", unit="q", file=sys.stdout, leave=False, disable=not missing) as bar:
         for key, stream in zip(keys, streams, strict=True):
-            found = earlier.pop(key, None) or hidden_states(model, layer, prefix, stream.sequences, bar.update, folder)
+            asked = model, layer, prefix, stream.sequences, bar.update, folder
+            try:
+                found = earlier.pop(key, None) or hidden_states(*asked)
+            except TrainingError:  # no room on the disk
+                if not earlier:
+                    raise
+                earlier.clear()
+                found = hidden_states(*asked)
             earlier[key] = lower, stream.hidden = found  # the last that was used stands last
-    for key in list(earlier)[:-LENT]:
-        del earlier[key]
     return lower
 
 
@@ -232,7 +242,8 @@ def _train(settings: TrainSettings, prepared: Prepared, earlier: LowerStates | N
     batches = stream.schedule(forget, kept, settings)
     shared = list(prompts[0][:prefix])
     streams = [s for s in (stream, valid_stream) if s]
-    lower = run_lower(model, len(model.layers) - layers, shared, streams, path, earlier, described["model"])
+    base = digest([described["model"], str(folder)])  # the same weights may stand beside another config
+    lower = run_lower(model, len(model.layers) - layers, shared, streams, path, earlier, base)
 
     optimizer = make_optimizer(settings)
     optimizer.init(model.trainable_parameters())

@@ -58,7 +58,7 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     methods = {"duet": TRIED, "npo, weak": {"method": "npo", "beta": [0.1, 1.0]}, "context": None}
     config = comparison(methods, sweeps={"K": {"method": "duet", "top_k": [1, 3]}}, seeds=2, best=1, trained=True)
     ended = command("compare", "-c", config)
-    assert ended.code == 0, ended.err
+    assert ended.code == 0 and "the methods are compared in" in ended.err, ended.err
     # Of 4 validations, 5 tests and 5 times the trained questions, the first of each kind asks the base.
     said = ended.err.splitlines()
     assert sum(line.startswith("base: answers reused from") for line in said) == 3 + 4 + 4, ended.err
@@ -83,7 +83,7 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     adapters = {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
     assert len(adapters) == 7  # twice two trials, two of the sweep, one of another seed
     again = command("compare", "-c", config)
-    assert again.code == 0 and again.out.strip() == table.strip()
+    assert again.code == 0 and again.out.strip() == table.strip() and "are compared in" not in again.err
     assert adapters == {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
 
 
@@ -93,22 +93,27 @@ def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, mo
     grids, _ = all_trials(settings)
     recall = {1: 0.5, 2: 0.2, 3: 0.2, 4: 0.9}
 
-    def told(trial, asked, name):
+    asked = []
+
+    def told(trial, settings, name):
+        asked.append((settings.forget_questions, settings.retain_questions))
         figures = {"base": 1.0, "unlearned": recall[trial.values["beta"]]}
         return [{"model": m, "group": "forget", "metric": "recall", "value": v} for m, v in figures.items()]
 
     monkeypatch.setattr("duet_mlx.compare.run", lambda trial, _: "diverged" if trial.values["beta"] == 4 else "")
     monkeypatch.setattr("duet_mlx.compare.evaluated", told)
-    [chosen], [failed], tried = choose(grids, EvaluateSettings(), {})
+    [chosen], [failed], tried = choose(grids, EvaluateSettings(), {}, questions=3)
+    assert asked == [(1, 1)] * 3  # there is but one of each
     assert chosen.values == {"beta": 2} and failed["values"] == {"beta": 4}
     assert [round(value) for value in tried["npo"].values()] == [50, 80, 80]
 
 
 def test_a_run_can_be_repeated_by_its_own_config_to_the_same_bytes(command, comparison, tmp_path):
-    assert command("compare", "-c", comparison({"simnpo": TRIED})).code == 0
-    folder = tmp_path / "out" / "runs" / "simnpo" / "learning_rate=1e-3"
+    assert "were run before" in command("compare", "-c", comparison({"simnpo": TRIED})).out
+    folder = tmp_path / "out" / "runs" / "simnpo" / "learning_rate=0.05"  # the second: it was lent targets and states
     other = tmp_path / "other"
-    assert command("train", "-c", folder / "config.yaml", "--adapter-path", other).code == 0
+    ended = command("train", "-c", folder / "config.yaml", "--adapter-path", other)
+    assert ended.code == 0 and "were run before" not in ended.out
     assert (other / "adapters.safetensors").read_bytes() == (folder / "adapters" / "adapters.safetensors").read_bytes()
 
 
@@ -252,6 +257,7 @@ BAD = {
     "a group without a file": ({"duet": None}, {"also": ["mine"]}, ("--also 'mine'", "GROUP=")),
     "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("--max-tokns=4",)),
     "no seed": ({"duet": None}, {"seeds": 0}, ("--seeds 0", "1 or more")),
+    "fewer than no questions": ({"duet": None}, {"valid_questions": -1}, ("--valid-questions -1", "0 or more")),
 }  # fmt: skip
 
 

@@ -21,12 +21,13 @@ from duet_mlx import generate
 from duet_mlx.context import Context, render
 from duet_mlx.data import Query
 from duet_mlx.head import check_head, logits_at
+from duet_mlx.kept_states import KeptStates
 from duet_mlx.labels import base_answers
 from duet_mlx.losses import topk_huber
 from duet_mlx.model import adapter_parameters, add_lora, lora_keys, weights_hash
 from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets, teacher_targets
-from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
+from duet_mlx.train import LENT, TrainSettings, make_optimizer, make_step, run_lower
 from reference import teacher as ref
 from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, duet_loss, llama, plain_logits, shared, tokenizer
 from tests.reference.exact_float64 import exact_float64
@@ -168,6 +169,24 @@ def test_layers_run_once_give_the_loss_and_gradient_of_layers_run_each_time(
                     np.array(once[name]), np.array(value), rtol=0, atol=size * rounding(dtype, 20 * largest)
                 )
         assert len(model.layers) == 4  # nothing stays stood in for
+
+
+def test_states_from_the_lower_layers_are_lent_for_the_same_words_and_base_alone_and_not_for_ever(capsys: Any) -> None:
+    model, earlier = upper_student(mx.float32, True), {}
+
+    def states(last: int, base: str = "one") -> KeptStates:
+        stream = Stream([[1, 2, last]], random_targets(np.random.default_rng(0), 1, 1, 2, mx.float32), 0)
+        run_lower(model, 2, [], [stream], earlier=earlier, base=base)
+        assert stream.hidden is not None and len(earlier) <= LENT
+        return stream.hidden
+
+    first = states(0)
+    assert states(0) is first and states(0, "another base") is not first
+    for last in range(1, LENT):
+        states(last)
+    assert states(0) is not first and states(LENT - 1) is not None
+    assert capsys.readouterr().out.count("were run before") == 2
+    np.testing.assert_array_equal(np.array(first.batch([0], 3)), np.array(states(0).batch([0], 3)))
 
 
 def test_layers_below_are_run_in_each_step_where_the_architecture_does_not_allow_otherwise(capsys: Any) -> None:
