@@ -74,8 +74,8 @@ def column(
         probabilities: dict[int, float | None] = dict.fromkeys(rows)
         surprise: dict[int, float | None] = dict.fromkeys(rows)
         left = dict.fromkeys(rows, settings.max_tokens)  # prompts to be answered, and tokens left to each
-        judging = not (asked[rows[0]].prefix or settings.answers_only)
-        if base is not None and judging:
+        measuring = not (asked[rows[0]].prefix or settings.answers_only)
+        if base is not None and measuring:
             said = [base.ids[i] for i in rows]
             found = forced(model, [prompts[i] for i in rows], said, stop, head, bar.update)
             for i, one in zip(rows, found, strict=True):
@@ -87,7 +87,7 @@ def column(
             bar.total = (bar.total or 0) + len(left)
         going, limits = list(left), list(left.values())
         begun = [[*prompts[i], *ids[i]] for i in going]
-        keep = _probability_of_the_best if base is None and judging else is_finite
+        keep = _probability_of_the_best if base is None and measuring else is_finite
         for batch in decode(model, begun, limits, stop, settings.batch_size, head, keep) if going else ():
             assert batch.kept is not None
             for row, tokens, seen in zip(batch.rows, batch.tokens, batch.kept, strict=True):
@@ -95,11 +95,11 @@ def column(
                 seen = seen[: min(len(tokens) + 1, limits[row])]  # what the end of the answer was chosen from too
                 require_finite(bool(np.isfinite(seen).all()), name, asked[i].place)
                 ids[i] = ids[i] + tokens
-                if base is None and judging:
+                if base is None and measuring:
                     probabilities[i] = mean_of_words(seen, words_of(i, tokens))
                     surprise[i] = -float(np.log(seen[: len(tokens)]).mean()) if tokens else None
             bar.update(len(batch.rows))
-        if base is not None and judging and judged is not None:
+        if base is not None and measuring and judged is not None:
             surprise |= {i: base.surprises[i] for i in rows if ids[i] == base.ids[i]}
             others = [i for i in rows if ids[i] != base.ids[i]]
             bar.total = (bar.total or 0) + len(others)

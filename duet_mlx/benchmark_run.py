@@ -109,8 +109,8 @@ def replies_of(
     from .probe import ask
 
     found: dict[str, list[Reply]] = {}
+    judged = same_base and not settings.answers_only
     for name, items in benchmarks.items():
-        judged = same_base and not settings.answers_only
         asked = [settings.system, settings.max_tokens, judged, context, items]
         digest = _digest([code_hash(), DATE.isoformat(), column, *identity, *asked])
         slug = re.sub(r"[^\w-]+", "_", f"{name} {column}")

@@ -97,8 +97,8 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
         ranked = sorted(chosen, key=lambda trial: -tried[trial.name][tuple(trial.values.items())])
         again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
     shown, ablations = report(chosen), [trial for trials in swept.values() for trial in trials]
-    earlier_table = (Path(settings.out) / "results.json").exists()  # of more, it may be
-    if shown and (ablations or again) and not settings.only and not earlier_table:  # these take hours
+    hours_to_come = (ablations or again) and not settings.only
+    if shown and hours_to_come and not (Path(settings.out) / "results.json").exists():  # that may be of more
         gather(settings, shown, [], failed, tried)
         note(f"the methods are compared in {settings.out}/table.md; sweeps and other seeds follow")
     shown += report(ablations)

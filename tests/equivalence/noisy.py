@@ -100,8 +100,8 @@ class Noisy(np.lib.mixins.NDArrayOperatorsMixin):
         plain = _aligned(inputs)
         if method == "reduce":
             axis = options.get("axis")
-            axes = range(1, plain[0].ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-            options["axis"] = tuple(axes) if axis is None else tuple(map(_behind_copies, axes))
+            axes = range(inputs[0].ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+            options["axis"] = tuple(map(_behind_copies, axes))
         result = getattr(ufunc, method)(*plain, **options)
         if result.dtype == np.float64 and ufunc not in EXACT:
             result = _moved(ufunc, method, plain, options, result, self.rng)
@@ -136,9 +136,9 @@ def _aligned(arrays: Sequence[Any]) -> list[Any]:
 def _moved(ufunc: Any, method: str, inputs: list[Any], options: dict[str, Any], result: Any, rng: Any) -> Any:
     """Each entry of the result in each copy, moved by b_i up or down."""
     shape = (COPIES, *result.shape[1:])
-    size = math.prod(shape)
-    start = int(rng.random() * (len(ERRORS) - size))
-    place = slice(start, start + size)
+    count = math.prod(shape)
+    start = int(rng.random() * (len(ERRORS) - count))
+    place = slice(start, start + count)
     if ufunc is not np.matmul and method != "reduce" and ufunc is not np.power and ufunc not in LIBRARY:
         return result * FACTORS[place].reshape(shape)  # a factor: -inf, a masked score, stays
     by = ERRORS[place].reshape(shape)  # ±u
