@@ -5,6 +5,10 @@ Nothing is imported here, MLX least of all; `duet_mlx.BLAS` names the matrix lib
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 __version__ = "0.1.0"
 
@@ -27,13 +31,39 @@ def _load_blas() -> str | None:
     # that is preloaded: it would start a second pool of threads.
     for name in () if found else ("libopenblas.so.0", "libopenblasp.so.0", "libblas.so.3"):
         try:
-            if hasattr(ctypes.CDLL(name), "openblas_get_config"):
-                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            if hasattr(library := ctypes.CDLL(name), "openblas_get_config"):
+                _load_for_this_processor(name, library)
                 found = name
                 break
         except OSError:
             continue
     return found
+
+
+# What an OpenBLAS has code for, best first, and the flags by which Linux says that a processor can run it.
+CORES = {"SkylakeX": {"avx512f", "avx512bw", "avx512dq", "avx512cd", "avx512vl"}, "Haswell": {"avx2", "fma"}}
+
+
+def _load_for_this_processor(name: str, library: "ctypes.CDLL") -> None:
+    """Load OpenBLAS with global symbols; one that is older than the processor, as the nearest that it knows.
+
+    It would take a processor it has not heard of for a Prescott of 2004: products at a quarter of the speed.
+    """
+    import _ctypes
+    import ctypes
+
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    wanted = None
+    if library.openblas_get_corename() == b"Prescott" and "OPENBLAS_CORETYPE" not in os.environ:
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            flags = next((set(line.split()) for line in cpuinfo if line.startswith("flags")), set())
+        wanted = next((core for core, needed in CORES.items() if needed <= flags), None)
+    if wanted:
+        _ctypes.dlclose(library._handle)  # it asks for the variable once, when it is loaded
+        os.environ["OPENBLAS_CORETYPE"] = wanted
+    ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    if wanted:
+        del os.environ["OPENBLAS_CORETYPE"]
 
 
 def share_cores(streams: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +137,17 @@ def test_each_of_two_streams_has_half_of_the_cores_for_products_unless_the_user_
     assert in_fresh_python(program, OPENBLAS_NUM_THREADS="") == str(half)
     for threads in ("1", "2"):
         assert in_fresh_python(program, OPENBLAS_NUM_THREADS=threads) == threads
+
+
+@pytest.mark.skipif(BLAS is None, reason="no OpenBLAS here")
+def test_an_openblas_older_than_the_processor_does_not_take_it_for_one_of_twenty_years_ago():
+    program = "import ctypes, os, duet_mlx; core = ctypes.CDLL(None).openblas_get_corename\n"
+    program += "core.restype = ctypes.c_char_p; print(core().decode(), os.environ.get('OPENBLAS_CORETYPE'))"
+    core, variable = in_fresh_python(program).split()
+    assert variable == str(os.environ.get("OPENBLAS_CORETYPE"))  # left as it was
+    if "avx2" in Path("/proc/cpuinfo").read_text() and variable == "None":
+        assert core != "Prescott"
+    assert in_fresh_python(program, OPENBLAS_CORETYPE="Prescott").split()[0] in ("Prescott", core)  # the user's word
 
 
 def test_blas_is_not_loaded_after_mlx_for_it_would_change_nothing():
