@@ -83,13 +83,13 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     earlier: LowerStates = {}
     chosen, failed, tried = choose(grids, test, earlier, settings.valid_questions, ranked=settings.seeds > 1)
 
-    def report(trials: Sequence[Trial]) -> list[Result]:
+    def report(trials: Sequence[Trial], trained: bool = settings.trained) -> list[Result]:
         results = []
         for trial in trials:
             if reason := run(trial, earlier):
                 failed.append({"name": trial.name, "values": trial.values, "reason": reason})
             else:
-                results.append(asked(trial, test, settings.trained))
+                results.append(asked(trial, test, trained))
         return results
 
     again: list[Trial] = []
@@ -101,7 +101,7 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     if shown and hours_to_come and not (Path(settings.out) / "results.json").exists():  # that may be of more
         gather(settings, shown, [], failed, tried)
         note(f"the methods are compared in {settings.out}/table.md; sweeps and other seeds follow")
-    shown += report(ablations)
+    shown += report(ablations, trained=False)
     if settings.only:
         return {"table": "", "failed": failed}
     if not shown:

@@ -31,7 +31,7 @@ class CompareSettings:
     only: tuple[str, ...] = setting((), "run these methods and sweeps alone and make no table: a part of the whole")
     also: tuple[str, ...] = setting((), "GROUP=questions.jsonl: as in duet_mlx.evaluate, beside the test questions")
     trained: bool = setting(
-        False, "ask forget questions of training as well: a run's forget_questions, else some hundred"
+        False, "ask methods forget questions of training as well: a run's forget_questions, else some hundred"
     )
     quick: bool = setting(False, "first trial of each grid, one seed, test questions alone, by quick_settings")
     quick_settings: dict = setting({"iters": 40}, "settings of duet_mlx.train for --quick")
