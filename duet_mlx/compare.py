@@ -106,7 +106,7 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
         return {"table": "", "failed": failed}
     if not shown:
         raise TrainingError(f"no run came to an end; the first: {failed[0]['reason']}")
-    return gather(settings, shown, report(again), failed, tried)
+    return gather(settings, shown, report(again, trained=False), failed, tried)
 
 
 def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
@@ -217,7 +217,7 @@ def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
 def gather(
     settings: CompareSettings, shown: Sequence[Result], again: Sequence[Result], failed: list[dict], tried: dict
 ) -> dict[str, Any]:
-    """results.json, table.md and pictures: a row for each result shown, lines for those run again with other seeds."""
+    """results.json, table.md and pictures: a row for each result shown, a second table of those with other seeds."""
     from .picture import picture
 
     rows = [row for row in shown[0].rows if row["model"] in (BASE, IN_CONTEXT, RETRAINED)]

@@ -96,11 +96,14 @@ def table_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Resul
             f"{cost['seconds']:.0f}" if cost else "",
             f"{cost['peak_memory_gb']:.2f}" if cost else "",
         ])  # fmt: skip
+    return "\n".join([*markdown(lines), "", LEGEND, *seeds_of(columns, shown, again)])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table of these cells, the first line its heads, the columns aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [" | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in lines]
-    rule = "-|-".join("-" * w for w in widths)
-    table = "\n".join(f"| {line} |" for line in [padded[0], *padded[1:]]).replace("\n", f"\n|-{rule}-|\n", 1)
-    return "\n".join([table, "", LEGEND, *seeds_of(shown, again)])
+    head, *rest = (" | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
+    return [f"| {head} |", f"|-{'-|-'.join('-' * w for w in widths)}-|", *(f"| {line} |" for line in rest)]
 
 
 def own_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
@@ -114,13 +117,23 @@ def own_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     ]
 
 
-def seeds_of(shown: Sequence[Result], again: Sequence[Result]) -> list[str]:
-    """A line for each method that was run with several seeds: mean and range of its shift."""
-    lines = []
+def seeds_of(columns: Sequence[tuple[str, str, str]], shown: Sequence[Result], again: Sequence[Result]) -> list[str]:
+    """A table of the methods that were run with several seeds: of each figure the mean [lowest, highest]."""
+    columns = [c for c in columns if any(value(run.rows, "unlearned", *c[1:]) is not None for run in again)]
+    lines = [["", "seeds", *(head for head, _, _ in columns), "shift ↑"]]
     for one in shown:
         runs = [one, *(other for other in again if other.label == one.label)]
         if len(runs) > 1:
+            figures = [[value(run.rows, "unlearned", *c[1:]) for run in runs] for c in columns]
             shifts = [shift(run.rows, "unlearned") for run in runs]
-            mean, seeds = sum(shifts) / len(shifts), ", ".join(str(run.seed) for run in runs)
-            lines.append(f"{one.label}, seeds {seeds}: shift {mean:.1f}, from {min(shifts):.1f} to {max(shifts):.1f}")
-    return ["", *lines] if lines else []
+            seeds = ", ".join(str(run.seed) for run in runs)
+            lines.append([one.label, seeds, *(_range(of, 2) for of in figures), _range(shifts, 1)])
+    return ["", "Other seeds of the best, mean [lowest, highest]:", "", *markdown(lines)] if lines[1:] else []
+
+
+def _range(values: Sequence[float | None], digits: int) -> str:
+    known = [one for one in values if one is not None]
+    if not known:
+        return "–"
+    low, high = (f"{one:.{digits}f}" for one in (min(known), max(known)))
+    return f"{sum(known) / len(known):.{digits}f} [{low}, {high}]"

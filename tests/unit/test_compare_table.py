@@ -59,7 +59,11 @@ def test_the_table_has_a_line_a_model_and_its_seeds_below():
         "npo, beta 0.5", "0.50", "–", "1.00", "1.00", "50.0", "●", "61", "1.50"
     ]  # fmt: skip
     assert len({len(line) for line in lines[:4]}) == 1
-    assert lines[-1] == "npo, beta 0.5, seeds 0, 1, 2: shift 60.0, from 50.0 to 70.0"
+    head, _, seeds = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[-3:])
+    assert head == ["", "seeds", "forget ↓", "neighbours ↑", "general ↑", "shift ↑"]  # no reverse prompt was asked
+    assert seeds == [
+        "npo, beta 0.5", "0, 1, 2", "0.40 [0.30, 0.50]", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "60.0 [50.0, 70.0]"
+    ]  # fmt: skip
 
 
 def test_groups_of_ones_own_and_what_tofu_says_of_the_whole_have_columns_behind_the_others():
