@@ -66,6 +66,12 @@ def _load_for_this_processor(name: str, library: "ctypes.CDLL") -> None:
         del os.environ["OPENBLAS_CORETYPE"]
 
 
+def cores() -> int:
+    """How many cores this process may use: those that `taskset` or a container leaves to it."""
+    ours = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS does not
+    return len(ours(0)) if ours else os.cpu_count() or 1
+
+
 def share_cores(streams: int) -> None:
     """Give the matrix products of each of so many streams their part of the cores.
 
@@ -75,8 +81,8 @@ def share_cores(streams: int) -> None:
         import ctypes
 
         limit = getattr(ctypes.CDLL(None), "openblas_set_num_threads", lambda threads: None)
-        limit(max(1, len(os.sched_getaffinity(0)) // streams))
+        limit(max(1, cores() // streams))
 
 
 BLAS: str | None = _load_blas()
-share_cores(2)  # as many as generate.streams() has
+share_cores(min(2, cores()))  # as many as generate.streams() has

@@ -5,14 +5,14 @@
     python -m duet_mlx.compare -c examples/compare/config.yaml --only duet npo    # a part: several at once share a GPU
 
 Each method has a grid of settings. Every trial is trained, and scored on the validation questions; the best one is
-asked the test questions. A sweep has a grid too, but each of its trials is asked them. Every run has a folder
-of its own with config.yaml, for `python -m duet_mlx.train -c`, its adapter and its evaluations.
+asked the test questions. A sweep has a grid too, but each of its trials is asked some of them, for a table of its own.
+Every run has a folder of its own with config.yaml, for `python -m duet_mlx.train -c`, its adapter and its evaluations.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from .benchmark_run import load_benchmarks
 from .compare_grid import CONTEXT, CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
 from .compare_runs import evaluated, json_of, reads, run
-from .compare_table import Result, shift, table_of
+from .compare_table import Result, report_of, rows_of, shift
 from .data import load_queries
 from .errors import ConfigError, DataError, ModelError, TrainingError, note, run_cli
-from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED, EvaluateSettings
+from .evaluate import UNLEARNED, EvaluateSettings
 from .files import make_folder, only_run_in, write_text
 from .groups import groups_of, reverse_prompts
 from .metrics import FORGET, TRAINED
@@ -56,8 +56,9 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     require(settings, "train", "evaluate", "methods", "out")
     if settings.seeds < 1 or settings.best < 1:
         raise ConfigError(f"--seeds {settings.seeds}, --best {settings.best}: expected 1 or more")
-    if settings.valid_questions < 0:
-        raise ConfigError(f"--valid-questions {settings.valid_questions}: expected 0 or more")
+    for name in ("valid_questions", "sweep_questions"):
+        if getattr(settings, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
     if settings.quick:
         settings = replace(
             settings, out=settings.out.rstrip("/") + "-quick", sweeps={}, seeds=1, trained=False, also=()
@@ -83,30 +84,33 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     earlier: LowerStates = {}
     chosen, failed, tried = choose(grids, test, earlier, settings.valid_questions, ranked=settings.seeds > 1)
 
-    def report(trials: Sequence[Trial], trained: bool = settings.trained) -> list[Result]:
+    def report(trials: Sequence[Trial], ask: Callable[[Trial], Result]) -> list[Result]:
         results = []
         for trial in trials:
             if reason := run(trial, earlier):
                 failed.append({"name": trial.name, "values": trial.values, "reason": reason})
             else:
-                results.append(asked(trial, test, trained))
+                results.append(ask(trial))
         return results
 
     again: list[Trial] = []
     if settings.seeds > 1 and not settings.only:
         ranked = sorted(chosen, key=lambda trial: -tried[trial.name][tuple(trial.values.items())])
         again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
-    shown, ablations = report(chosen), [trial for trials in swept.values() for trial in trials]
+    shown = report(chosen, lambda trial: asked(trial, test, settings.trained))
+    ablations = [trial for trials in swept.values() for trial in trials]
     hours_to_come = (ablations or again) and not settings.only
     if shown and hours_to_come and not (Path(settings.out) / "results.json").exists():  # that may be of more
-        gather(settings, shown, [], failed, tried)
+        gather(settings, shown, [], [], failed, tried)
         note(f"the methods are compared in {settings.out}/table.md; sweeps and other seeds follow")
-    shown += report(ablations, trained=False)
+    of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
+    swept_results = report(ablations, lambda trial: result_of(trial, evaluated(trial, of_sweeps, "sweep")))
     if settings.only:
         return {"table": "", "failed": failed}
-    if not shown:
+    if not (shown or swept_results):
         raise TrainingError(f"no run came to an end; the first: {failed[0]['reason']}")
-    return gather(settings, shown, report(again, trained=False), failed, tried)
+    seeds = report(again, lambda trial: asked(trial, test, trained=False))
+    return gather(settings, shown, swept_results, seeds, failed, tried)
 
 
 def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
@@ -190,7 +194,15 @@ def only(test: EvaluateSettings, **asked: Any) -> EvaluateSettings:
     nothing: dict[str, Any] = dict.fromkeys(("trained", "retain", "neighbours", "also", "benchmark", "beside"), ())
     nothing |= dict.fromkeys(("context", "topic", "context_name", "reverse_prompts", "retrained"))
     nothing |= dict.fromkeys(("forget_questions", "retain_questions", "neighbour_questions"), 0)
-    return replace(test, answers_only=True, **{**nothing, **asked})
+    return replace(test, **{"answers_only": True, **nothing, **asked})
+
+
+def asked_of_sweeps(test: EvaluateSettings, questions: int) -> EvaluateSettings:
+    """So many of the test questions of each role, evenly spread, and no reverse prompts: an ablation is one of many."""
+    files = {"forget": test.forget, "retain": test.retain, "neighbours": test.neighbours}
+    asked = {**files, "also": test.also, "benchmark": test.benchmark, "retrained": test.retrained}
+    counts = {f"{role.removesuffix('s')}_questions": at_most(questions, paths, role) for role, paths in files.items()}
+    return only(test, answers_only=test.answers_only, **asked, **counts)
 
 
 def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
@@ -208,34 +220,45 @@ def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
         seen = only(test, forget=s.forget, forget_questions=count)
         of_trained = [row for row in evaluated(trial, seen, "trained") if row["group"] == FORGET]
         rows = rows + [{**row, "group": TRAINED} for row in of_trained]
-    return Result(trial.name, trial.values, s.seed, rows, json_of(trial.folder / "run.json"))
+    return result_of(trial, rows)
+
+
+def result_of(trial: Trial, rows: list[dict[str, Any]]) -> Result:
+    """These rows of a run, with what it cost."""
+    return Result(trial.name, trial.values, trial.settings.seed, rows, json_of(trial.folder / "run.json"))
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
 def gather(
-    settings: CompareSettings, shown: Sequence[Result], again: Sequence[Result], failed: list[dict], tried: dict
+    settings: CompareSettings,
+    shown: Sequence[Result],
+    swept: Sequence[Result],
+    again: Sequence[Result],
+    failed: list[dict],
+    tried: dict,
 ) -> dict[str, Any]:
-    """results.json, table.md and pictures: a row for each result shown, a second table of those with other seeds."""
-    from .picture import picture
+    """results.json, table.md and pictures: of the methods, of those run again with other seeds, and of the sweeps."""
+    from .compare_picture import ablations_picture, methods_picture
 
-    rows = [row for row in shown[0].rows if row["model"] in (BASE, IN_CONTEXT, RETRAINED)]
-    for result in shown:
-        rows += [{**row, "model": result.label} for row in result.rows if row["model"] == UNLEARNED]
-    table = table_of(rows, shown, again)
+    rows, ablations = rows_of(shown), rows_of(swept)
+    table = report_of(rows, shown, again, ablations, swept)
     results = {
         "meta": {
             "settings": asdict(settings),
             "tried": {name: [{**dict(k), "shift": v} for k, v in of.items()] for name, of in tried.items()},
-            "runs": [{"name": r.name, **r.values, "seed": r.seed, **r.cost} for r in (*shown, *again)],
+            "runs": [{"name": r.name, **r.values, "seed": r.seed, **r.cost} for r in (*shown, *swept, *again)],
         },
         "rows": rows,
+        "ablations": ablations,
         "table": table,
         "failed": failed,
     }
     out = Path(settings.out)
-    picture(results, *(out / f"results.{kind}" for kind in ("png", "svg")))
+    methods_picture(rows, *(out / f"results.{kind}" for kind in ("png", "svg")))
+    if swept:
+        ablations_picture(swept, *(out / f"ablations.{kind}" for kind in ("png", "svg")))
     write_text(out / "table.md", table + "\n")
     write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results

@@ -38,8 +38,10 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
     done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
     record = json_of(trial.folder / "run.json")
-    if {key: record.get(key) for key in done} == done and "seconds" in record:
+    if _says(record, done):
         return record.get("failed", "")
+    if same := _same_run(trial, done):
+        return same.get("failed", "")
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
     _lend_targets(trial)
     start, before = time.monotonic(), record.get("seconds", 0.0) if "cut_off" in record else 0.0
@@ -58,6 +60,24 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
     mx.clear_cache()
     return failed
+
+
+def _says(record: dict[str, Any], done: dict[str, Any]) -> bool:
+    """Whether a run.json is of a run of these settings and files that came to an end."""
+    return {key: record.get(key) for key in done} == done and "seconds" in record
+
+
+def _same_run(trial: Trial, done: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run under another name that was the same; its adapter and answers are copied. {} if none was."""
+    for file in _newest_first(_runs(trial).glob("**/run.json")):
+        record = json_of(file)
+        if _says(record, done):
+            _copy((file.parent / "adapters").glob("*"), Path(trial.settings.adapter_path))
+            for kept in file.parent.glob(f"*/{KEPT}"):
+                _copy(kept.glob("*"), trial.folder / kept.parent.name / KEPT)
+            write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
+            return record
+    return {}
 
 
 # Settings that say which questions a run reads, and how; and what its targets hang on beside these and the method.

@@ -1,10 +1,11 @@
-"""The table of a comparison: a row a method, what it forgot and kept, what it cost, and who is on the Pareto front."""
+"""The tables of a comparison: a row a method, what it forgot and kept, what it cost, and who is on the Pareto front."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
 from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 from .report_table import cell
 
@@ -49,28 +50,33 @@ def value(rows: Sequence[Row], model: str, group: str, metric: str) -> float | N
     return next((r["value"] for r in rows if (r["model"], r["group"], r["metric"]) == wanted), None)
 
 
-def shift(rows: Sequence[Row], model: str, base: str = "base") -> float:
+def shift(rows: Sequence[Row], model: str) -> float:
     """Performance shift in points: what forget recall fell by, plus what F1 on the other groups rose by.
 
     Reference: Zhong, Yang and Zhu, ICLR 2026: drops of the forget metrics plus changes of the utility metrics.
     """
     total = 0.0
     for group, metric, sign in ((FORGET, "recall", -1), (GENERAL, "f1", 1), (NEIGHBOURS, "f1", 1)):
-        before, after = value(rows, base, group, metric), value(rows, model, group, metric)
+        before, after = value(rows, BASE, group, metric), value(rows, model, group, metric)
         if before is not None and after is not None:
             total += 100 * sign * (after - before)
     return total
 
 
-def front(rows: Sequence[Row], models: Sequence[str]) -> set[str]:
-    """The models that no other beats on both: forgetting (the worse of forget and worst reverse) and what is kept."""
+def points_of(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """What each model has forgotten and kept: 1 − the worse recall, reverse prompts included; mean F1 of the others."""
     points = {}
-    for model in models:
+    for model in dict.fromkeys(row["model"] for row in rows):
         recalls = [value(rows, model, group, "recall") for group in (FORGET, WORST)]
         shares = [value(rows, model, group, "f1") for group in (GENERAL, NEIGHBOURS)]
         gone, kept = ([one for one in part if one is not None] for part in (recalls, shares))
         if gone and kept:
             points[model] = 1 - max(gone), sum(kept) / len(kept)
+    return points
+
+
+def front(points: dict[str, tuple[float, float]]) -> set[str]:
+    """The models that no other beats on both: forgetting and what is kept."""
     return {
         model
         for model, (x, y) in points.items()
@@ -78,25 +84,57 @@ def front(rows: Sequence[Row], models: Sequence[str]) -> set[str]:
     }
 
 
-def table_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Result]) -> str:
-    """The table in Markdown, its columns aligned, so that it can be read in a terminal as well."""
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """The rows of one table: of what was not trained once, and of each run under its own name."""
+    rows = [row for result in results[:1] for row in result.rows if row["model"] in (BASE, IN_CONTEXT, RETRAINED)]
+    return rows + [
+        {**row, "model": result.label} for result in results for row in result.rows if row["model"] == UNLEARNED
+    ]
+
+
+def report_of(
+    rows: Sequence[Row],
+    shown: Sequence[Result],
+    again: Sequence[Result],
+    ablations: Sequence[Row],
+    swept: Sequence[Result],
+) -> str:
+    """table.md: the methods, those of them with other seeds, and the sweeps, which answered questions of their own."""
+    parts = [*table_of(rows, shown), "", LEGEND, *seeds_of(rows, shown, again)] if shown else []
+    if swept:
+        parts += [
+            "",
+            "Sweeps, each run asked part of the test questions:",
+            "",
+            *table_of(ablations, swept, fronted=False),
+        ]
+    return "\n".join(parts).strip("\n")
+
+
+def table_of(rows: Sequence[Row], results: Sequence[Result], fronted: bool = True) -> list[str]:
+    """The table in Markdown, a row a model; `fronted`: who is on the front is told as well."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     cells = {(row["model"], row["group"], row["metric"]): row for row in rows}
-    columns = [*COLUMNS, *own_columns(rows)]
-    columns = [c for c in columns if any((model, *c[1:]) in cells for model in models)]
-    best, costs = front(rows, models), {result.label: result.cost for result in shown}
-    lines = [["", *(c[0] for c in columns), "shift ↑", "front", "seconds", "GB"]]
+    columns = columns_of(rows)
+    best, costs = front(points_of(rows)), {result.label: result.cost for result in results}
+    lines = [["", *(c[0] for c in columns), "shift ↑", *(["front"] if fronted else []), "seconds", "GB"]]
     for model in models:
         cost = costs.get(model, {})
         lines.append([
             model,
             *(cell(cells.get((model, group, metric))) for _, group, metric in columns),
-            "–" if model == "base" else f"{shift(rows, model):.1f}",
-            "●" if model in best else "",
+            "–" if model == BASE else f"{shift(rows, model):.1f}",
+            *(["●" if model in best else ""] if fronted else []),
             f"{cost['seconds']:.0f}" if cost else "",
             f"{cost['peak_memory_gb']:.2f}" if cost else "",
         ])  # fmt: skip
-    return "\n".join([*markdown(lines), "", LEGEND, *seeds_of(columns, shown, again)])
+    return markdown(lines)
+
+
+def columns_of(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Those of COLUMNS, and of groups of one's own, of which these rows have a figure."""
+    there = {(row["group"], row["metric"]) for row in rows}
+    return [column for column in (*COLUMNS, *own_columns(rows)) if column[1:] in there]
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -117,15 +155,17 @@ def own_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     ]
 
 
-def seeds_of(columns: Sequence[tuple[str, str, str]], shown: Sequence[Result], again: Sequence[Result]) -> list[str]:
+def seeds_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Result]) -> list[str]:
     """A table of the methods that were run with several seeds: of each figure the mean [lowest, highest]."""
-    columns = [c for c in columns if any(value(run.rows, "unlearned", *c[1:]) is not None for run in again)]
+    asked = (row for run in again for row in run.rows if row["model"] == UNLEARNED)
+    there = {(row["group"], row["metric"]) for row in asked}  # not the questions that they were trained on
+    columns = [column for column in columns_of(rows) if column[1:] in there]
     lines = [["", "seeds", *(head for head, _, _ in columns), "shift ↑"]]
     for one in shown:
         runs = [one, *(other for other in again if other.label == one.label)]
         if len(runs) > 1:
-            figures = [[value(run.rows, "unlearned", *c[1:]) for run in runs] for c in columns]
-            shifts = [shift(run.rows, "unlearned") for run in runs]
+            figures = [[value(run.rows, UNLEARNED, *c[1:]) for run in runs] for c in columns]
+            shifts = [shift(run.rows, UNLEARNED) for run in runs]
             seeds = ", ".join(str(run.seed) for run in runs)
             lines.append([one.label, seeds, *(_range(of, 2) for of in figures), _range(shifts, 1)])
     return ["", "Other seeds of the best, mean [lowest, highest]:", "", *markdown(lines)] if lines[1:] else []

@@ -56,17 +56,26 @@ def comparison(model, data, tmp_path):
 
 def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, comparison, tmp_path):
     methods = {"duet": TRIED, "npo, weak": {"method": "npo", "beta": [0.1, 1.0]}, "context": None}
-    config = comparison(methods, sweeps={"K": {"method": "duet", "top_k": [1, 3]}}, seeds=2, best=1, trained=True)
+    config = comparison(
+        methods, sweeps={"K": {"method": "duet", "top_k": [1, 3, 5]}, "all": {"method": "duet"}}, sweep_questions=1,
+        seeds=2, best=1, trained=True,
+    )  # fmt: skip
     ended = command("compare", "-c", config)
     assert ended.code == 0 and "the methods are compared in" in ended.err, ended.err
-    # Of 4 validations, 5 tests and twice the trained questions, for they are the methods' alone, the first of each
-    # kind asks the base.
+    # Of 4 validations, 3 tests, 2 times the trained questions (the methods' alone) and 4 sweeps, the first of each kind
+    # asks the base. The last run of a sweep was there under another name.
     said = ended.err.splitlines()
-    assert sum(line.startswith("base: answers reused from") for line in said) == 3 + 4 + 1, ended.err
+    assert sum(line.startswith("base: answers reused from") for line in said) == 3 + 2 + 1 + 3, ended.err
+    assert [line.split("/runs/")[1] for line in said if line.startswith("unlearned: answers reused from")] == [
+        "all/run/sweep/answers/unlearned.jsonl"
+    ]
+    assert "== all" not in ended.out
     results = load_results(tmp_path / "out" / "results.json")
     models = list(dict.fromkeys(row["model"] for row in results["rows"]))
     duet, npo = models[2:4]
-    assert models == ["base", "base + context", duet, npo, "K, top_k 1", "K, top_k 3"]
+    assert models == ["base", "base + context", duet, npo]
+    ablated = list(dict.fromkeys(row["model"] for row in results["ablations"]))
+    assert ablated == ["base", "K, top_k 1", "K, top_k 3", "K, top_k 5", "all"]
     # The row is the best of its grid on the validation questions.
     for name, label, key in (("duet", duet, "learning_rate"), ("npo, weak", npo, "beta")):
         tried = results["meta"]["tried"][name]
@@ -77,12 +86,14 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     assert len([run for run in results["meta"]["runs"] if run["seed"] == 1]) == 1
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in ended.out and all(model in table for model in models) and "| 0, 1  |" in table
-    assert [path.parent for path in (tmp_path / "out").rglob("results.png")] == [tmp_path / "out"]
+    assert sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")) == [
+        Path("ablations.png"), Path("results.png")
+    ]  # fmt: skip
     # What comes out of the layer below the adapted one: once along the teacher's words, once along the base's answers.
-    assert ended.out.count("are run once, now") == 2 and ended.out.count("were run before") == 5
+    assert ended.out.count("are run once, now") == 2 and ended.out.count("were run before") == 6
 
     adapters = {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
-    assert len(adapters) == 7  # twice two trials, two of the sweep, one of another seed
+    assert len(adapters) == 9  # twice two trials, four of the sweeps, one of another seed
     again = command("compare", "-c", config)
     assert again.code == 0 and again.out.strip() == table.strip() and "are compared in" not in again.err
     assert adapters == {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}

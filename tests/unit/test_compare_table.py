@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from duet_mlx.compare_table import Result, front, shift, table_of
+from duet_mlx.compare_table import Result, front, points_of, report_of, shift, table_of
 
 
 def rows_of(model, forget, general=None, neighbours=None, worst=None):
@@ -37,13 +37,12 @@ def test_the_front_holds_those_that_no_other_beats_and_counts_the_worst_reverse_
         *rows_of("gives way", 0.0, 0.9, 0.9, 0.5),
         *rows_of("burnt", 0.0, 0.0, 0.0, 0.0),
     ]
-    models = ["base", "good", "keeps less", "forgets less", "gives way", "burnt"]
-    assert front(rows, models) == {"base", "good", "burnt"}
+    assert front(points_of(rows)) == {"base", "good", "burnt"}
 
 
 def test_equals_share_the_front_and_a_model_without_figures_is_not_on_it():
     rows = rows_of("a", 0.2, 0.9) + rows_of("b", 0.2, 0.9) + rows_of("c", None, 0.9)
-    assert front(rows, ["a", "b", "c"]) == {"a", "b"}
+    assert front(points_of(rows)) == {"a", "b"}
 
 
 def result(name, seed, forget):
@@ -53,8 +52,8 @@ def result(name, seed, forget):
 def test_the_table_has_a_line_a_model_and_its_seeds_below():
     one = result("npo", 0, 0.5)._replace(cost={"seconds": 61.2, "peak_memory_gb": 1.5})
     rows = BASE + rows_of(one.label, 0.5, 1.0, 1.0)
-    table = table_of(rows, [one], [result("npo", 1, 0.3), result("npo", 2, 0.4), result("simnpo", 1, 0.0)])
-    lines = table.splitlines()
+    again = [result("npo", 1, 0.3), result("npo", 2, 0.4), result("simnpo", 1, 0.0)]
+    lines = report_of(rows, [one], again, [], []).splitlines()
     assert [cell.strip() for cell in lines[3].strip("|").split("|")] == [
         "npo, beta 0.5", "0.50", "–", "1.00", "1.00", "50.0", "●", "61", "1.50"
     ]  # fmt: skip
@@ -76,9 +75,18 @@ def test_groups_of_ones_own_and_what_tofu_says_of_the_whole_have_columns_behind_
         {"model": "base", "group": group, "metric": metric, "value": i / 10, "ci": None, "n": 3}
         for i, (group, metric) in enumerate(own)
     ]
-    head, _, line = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table_of(rows, [], []).splitlines()[:3]
-    )
+    head, _, line = ([cell.strip() for cell in line.strip("|").split("|")] for line in table_of(rows, [])[:3])
     assert head[5:8] == ["forget quality ↑", "forget, stereotyped ↓", "general, stereotyped ↑"]
     assert line[5:8] == ["0.50", "0.00", "0.30"] and head[8] == "shift ↑"
     assert shift(rows, "base") == 0
+
+
+def test_sweeps_have_a_table_of_their_own_with_the_base_on_their_questions_and_no_front():
+    one, swept = result("npo", 0, 0.5), result("beta", 0, 0.25)
+    rows, ablations = BASE + rows_of(one.label, 0.5, 1.0, 1.0), rows_of("base", 0.9) + rows_of(swept.label, 0.25)
+    _, below = report_of(rows, [one], [], ablations, [swept]).split("Sweeps, ")
+    head, _, base, line = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in below.splitlines() if line.startswith("|")
+    )
+    assert head == ["", "forget ↓", "shift ↑", "seconds", "GB"]
+    assert base[:3] == ["base", "0.90", "–"] and line[:3] == ["beta, beta 0.5", "0.25", "65.0"]
