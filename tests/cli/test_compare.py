@@ -172,8 +172,9 @@ def test_parts_run_in_several_processes_are_gathered_by_one_and_nothing_is_run_a
     assert (
         files.items() <= {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}.items()
     )
-    models = dict.fromkeys(row["model"] for row in load_results(tmp_path / "out" / "results.json")["rows"])
-    assert [model.partition(", ")[0] for model in models] == ["base", "base + context", "duet", "npo", "K"]
+    results = load_results(tmp_path / "out" / "results.json")
+    models = [list(dict.fromkeys(row["model"] for row in results[part])) for part in ("rows", "ablations")]
+    assert models == [["base", "base + context", "duet", "npo"], ["base", "K"]]
 
 
 def test_a_grid_that_another_process_runs_is_left_to_it(refused, comparison, tmp_path):
@@ -269,6 +270,7 @@ BAD = {
     "a group without a file": ({"duet": None}, {"also": ["mine"]}, ("--also 'mine'", "GROUP=")),
     "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("--max-tokns=4",)),
     "no seed": ({"duet": None}, {"seeds": 0}, ("--seeds 0", "1 or more")),
+    "a sweep of fewer than none": ({"duet": None}, {"sweep_questions": -1}, ("--sweep-questions -1", "0 or more")),
     "fewer than no questions": ({"duet": None}, {"valid_questions": -1}, ("--valid-questions -1", "0 or more")),
 }  # fmt: skip
 

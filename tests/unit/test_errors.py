@@ -150,6 +150,12 @@ def test_an_openblas_older_than_the_processor_does_not_take_it_for_one_of_twenty
     assert in_fresh_python(program, OPENBLAS_CORETYPE="Prescott").split()[0] in ("Prescott", core)  # the user's word
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a process has all cores")
+def test_a_process_that_has_one_core_has_one_stream():
+    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert in_fresh_python(program + "from duet_mlx.generate import streams; print(len(streams()))") == "1"
+
+
 def test_blas_is_not_loaded_after_mlx_for_it_would_change_nothing():
     program = "import sys, types; sys.modules['mlx.core'] = types.ModuleType('mlx.core')\n"
     assert in_fresh_python(program + "import duet_mlx; print(duet_mlx.BLAS)") == "None"
