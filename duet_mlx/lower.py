@@ -6,20 +6,28 @@ architecture (masks, norms, head) stays as it is; `check_lower` finds those that
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
 
 from . import parallel
+from .data import digest
+from .errors import TrainingError
 from .generate import batches, branch, can_branch, encode_prefix, pad, side_by_side
 from .head import answering, logits_at, rounding
 from .kept_states import KeptStates
+
+if TYPE_CHECKING:
+    from .stream import Stream
 
 
 class Lower(NamedTuple):
@@ -30,6 +38,57 @@ class Lower(NamedTuple):
 
 
 LowerStates = dict[str, tuple[Lower, KeptStates]]  # of several runs, by a hash of what they hang on
+# Sets of questions whose states a process keeps for runs to come: these may take turns with two kinds of targets (KL's
+# grid over `positions`), each with questions to learn and to watch.
+LENT = 4
+
+
+def run_lower(
+    model: nn.Module,
+    layer: int,
+    prefix: list[int],
+    streams: Sequence[Stream],
+    folder: Path | None = None,
+    earlier: LowerStates | None = None,
+    base: str = "",
+) -> Lower | None:
+    """Run what lies below the first adapted layer once for all batches of these streams; None: it is run in each.
+
+    Args:
+        folder: whose disk takes what comes out; by default that of temporary files.
+        earlier: what came out in earlier runs of this process; taken where it is the same, and this run's is put there.
+        base: what tells the base from that of other runs, for `earlier`.
+
+    Raises:
+        TrainingError: the disk has no room.
+    """
+    trained = len(tree_flatten(model.trainable_parameters()))
+    inside = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers[layer:])
+    if layer == 0 or trained > inside:  # LoRA on head or embedding is not inside
+        return None
+    if reason := check_lower(model, layer, mx.array([[*prefix, *streams[0].sequences[0]]])):
+        print(f"note: layers 0 to {layer - 1} are run in every step ({reason})")
+        return None
+    earlier = {} if earlier is None else earlier
+    keys = [digest([base, layer, prefix, stream.sequences]) for stream in streams]
+    others = [key for key in earlier if key not in keys]
+    for key in others[: max(0, len(others) + len(keys) - LENT)]:  # before there are new ones on the disk
+        del earlier[key]
+    missing = [stream for key, stream in zip(keys, streams, strict=True) if key not in earlier]
+    print(f"layers 0 to {layer - 1} are not trained: they {'are run once, now' if missing else 'were run before'}")
+    count = sum(len(stream.sequences) for stream in missing)
+    with tqdm(total=count, desc="lower layers", unit="q", file=sys.stdout, leave=False, disable=not missing) as bar:
+        for key, stream in zip(keys, streams, strict=True):
+            run = partial(hidden_states, model, layer, prefix, stream.sequences, bar.update, folder)
+            try:
+                found = earlier.pop(key, None) or run()
+            except TrainingError:  # no room on the disk beside those of earlier runs
+                if not earlier:
+                    raise
+                earlier.clear()
+                found = run()
+            earlier[key] = lower, stream.hidden = found  # the last that was used stands last
+    return lower
 
 
 def find_stack(model: nn.Module) -> tuple[nn.Module, str] | None:

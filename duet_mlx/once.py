@@ -71,7 +71,7 @@ def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> N
     """Keep, resume, or set aside and train.
 
     Args:
-        earlier: as in `train.run_lower`.
+        earlier: as in `lower.run_lower`.
 
     Raises:
         DuetError: as `prepare` and `train`; a folder that holds other things than an adapter is refused as there.

@@ -36,11 +36,7 @@ from .watch import interrupts_noted
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from .lower import Lower, LowerStates
-
-# Sets of questions whose states from the lower layers a process keeps: runs may take turns with two kinds of targets
-# (KL's grid over `positions`), each with questions to learn and to watch.
-LENT = 4
+    from .lower import LowerStates
 
 
 class Prepared(NamedTuple):
@@ -139,66 +135,11 @@ def _read(
     return Prepared(model, tokenizer, folder, head, contexts, queries, targets, described, valid, valid_targets)
 
 
-def run_lower(
-    model: nn.Module,
-    layer: int,
-    prefix: list[int],
-    streams: list[Stream],
-    folder: Path | None = None,
-    earlier: LowerStates | None = None,
-    base: str = "",
-) -> Lower | None:
-    """Run what lies below the first adapted layer once for all batches of these streams; None: it is run in each.
-
-    Args:
-        folder: whose disk takes what comes out; by default that of temporary files.
-        earlier: what came out in earlier runs of this process; taken where it is the same, and this run's is put there.
-        base: what tells the base from that of other runs, for `earlier`.
-
-    Raises:
-        TrainingError: the disk has no room.
-    """
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from tqdm import tqdm
-
-    from .lower import check_lower, hidden_states
-
-    trained = len(tree_flatten(model.trainable_parameters()))
-    inside = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers[layer:])
-    if layer == 0 or trained > inside:  # LoRA on head or embedding is not inside
-        return None
-    reason = check_lower(model, layer, mx.array([[*prefix, *streams[0].sequences[0]]]))
-    if reason:
-        print(f"note: layers 0 to {layer - 1} are run in every step ({reason})")
-        return None
-    earlier = {} if earlier is None else earlier
-    keys = [digest([base, layer, prefix, stream.sequences]) for stream in streams]
-    others = [key for key in earlier if key not in keys]
-    for key in others[: max(0, len(others) + len(keys) - LENT)]:  # before there are new ones on the disk
-        del earlier[key]
-    missing = [stream for key, stream in zip(keys, streams, strict=True) if key not in earlier]
-    print(f"layers 0 to {layer - 1} are not trained: they {'are run once, now' if missing else 'were run before'}")
-    count = sum(len(stream.sequences) for stream in missing)
-    with tqdm(total=count, desc="lower layers", unit="q", file=sys.stdout, leave=False, disable=not missing) as bar:
-        for key, stream in zip(keys, streams, strict=True):
-            asked = model, layer, prefix, stream.sequences, bar.update, folder
-            try:
-                found = earlier.pop(key, None) or hidden_states(*asked)
-            except TrainingError:  # no room on the disk
-                if not earlier:
-                    raise
-                earlier.clear()
-                found = hidden_states(*asked)
-            earlier[key] = lower, stream.hidden = found  # the last that was used stands last
-    return lower
-
-
 def train(settings: TrainSettings, prepared: Prepared, earlier: LowerStates | None = None) -> Path:
     """Run all steps and leave the adapter folder; returns it.
 
     Args:
-        earlier: as in `run_lower`.
+        earlier: as in `lower.run_lower`.
 
     Raises:
         ConfigError: the run to go on with is another one, or another process writes into the folder.
@@ -216,6 +157,7 @@ def _train(settings: TrainSettings, prepared: Prepared, earlier: LowerStates | N
     from mlx.utils import tree_flatten
 
     from .generate import can_branch, common_prefix
+    from .lower import run_lower
     from .model import add_lora, lora_keys, on_gpu, weights_hash
 
     model, tokenizer, folder, head, _, queries, targets, described, valid, valid_targets = prepared

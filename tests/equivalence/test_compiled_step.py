@@ -12,9 +12,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from duet_mlx import methods
+from duet_mlx.lower import run_lower
 from duet_mlx.model import on_gpu
 from duet_mlx.stream import WIDTHS, Stream
-from duet_mlx.train import TrainSettings, make_optimizer, make_step, run_lower
+from duet_mlx.train import TrainSettings, make_optimizer, make_step
 from tests.equivalence.test_invariants import random_targets, rounding, student, upper_student
 from tests.equivalence.tiny import duet_loss
 

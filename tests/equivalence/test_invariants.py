@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from duet_mlx import generate
+from duet_mlx import generate, lower
 from duet_mlx.context import Context, render
 from duet_mlx.data import Query
+from duet_mlx.errors import TrainingError
 from duet_mlx.head import check_head, logits_at
 from duet_mlx.kept_states import KeptStates
 from duet_mlx.labels import base_answers
 from duet_mlx.losses import topk_huber
+from duet_mlx.lower import LENT, run_lower
 from duet_mlx.model import adapter_parameters, add_lora, lora_keys, weights_hash
 from duet_mlx.stream import Stream
 from duet_mlx.teacher import Targets, teacher_targets
-from duet_mlx.train import LENT, TrainSettings, make_optimizer, make_step, run_lower
+from duet_mlx.train import TrainSettings, make_optimizer, make_step
 from reference import teacher as ref
 from tests.equivalence.tiny import FLOAT32, FLOAT64, VOCABULARY, duet_loss, llama, plain_logits, shared, tokenizer
 from tests.reference.exact_float64 import exact_float64
@@ -149,17 +151,17 @@ def test_layers_run_once_give_the_loss_and_gradient_of_layers_run_each_time(
         for length in {0, generate.common_prefix(asked)}:
             prefix, stream = asked[0][:length], Stream(asked, targets, length)
 
-            def both(lower: Any, stream: Stream = stream, prefix: list[int] = prefix) -> tuple[float, dict]:
+            def both(below: Any, stream: Stream = stream, prefix: list[int] = prefix) -> tuple[float, dict]:
                 batch = stream.batch(np.arange(len(asked)))
                 value, gradient = nn.value_and_grad(
-                    model, lambda model: duet_loss(model, batch, prefix, head, 1.0, True, lower)[0]
+                    model, lambda model: duet_loss(model, batch, prefix, head, 1.0, True, below)[0]
                 )(model)
                 return value.item(), dict(tree_flatten(gradient))
 
             loss, gradient = both(None)
-            lower = run_lower(model, 2, prefix, [stream])
-            assert lower is not None and stream.hidden is not None
-            again, once = both(lower)
+            below = run_lower(model, 2, prefix, [stream])
+            assert below is not None and stream.hidden is not None
+            again, once = both(below)
             size = len(asked) * width * n
             assert again == pytest.approx(loss, abs=size * rounding(dtype, 20))
             assert once.keys() == gradient.keys()
@@ -187,6 +189,29 @@ def test_states_from_the_lower_layers_are_lent_for_the_same_words_and_base_alone
     assert states(0) is not first and states(LENT - 1) is not None
     assert capsys.readouterr().out.count("were run before") == 2
     np.testing.assert_array_equal(np.array(first.batch([0], 3)), np.array(states(0).batch([0], 3)))
+
+
+def test_where_the_disk_is_full_states_of_earlier_runs_make_room(monkeypatch: Any) -> None:
+    model, earlier, run = upper_student(mx.float32, True), {}, lower.hidden_states
+
+    def hidden_states(*asked: Any) -> Any:
+        if earlier or full:
+            raise TrainingError("no space left")
+        return run(*asked)
+
+    def states(last: int) -> None:
+        stream = Stream([[1, 2, last]], random_targets(np.random.default_rng(0), 1, 1, 2, mx.float32), 0)
+        run_lower(model, 2, [], [stream], earlier=earlier)
+
+    monkeypatch.setattr(lower, "hidden_states", hidden_states)
+    full = False
+    states(0)
+    states(1)
+    assert len(earlier) == 1
+    full = True
+    with pytest.raises(TrainingError):
+        states(2)
+    assert not earlier
 
 
 def test_layers_below_are_run_in_each_step_where_the_architecture_does_not_allow_otherwise(capsys: Any) -> None:

@@ -19,10 +19,11 @@ from duet_mlx.context import Context, render
 from duet_mlx.data import Query, in_turn
 from duet_mlx.head import check_head
 from duet_mlx.labels import refusals_of, targets_of
+from duet_mlx.lower import run_lower
 from duet_mlx.methods import METHODS, method_loss
 from duet_mlx.probe import answer_ids
 from duet_mlx.stream import Stream
-from duet_mlx.train import TrainSettings, run_lower
+from duet_mlx.train import TrainSettings
 from tests.equivalence.test_invariants import TOKENIZER, UPPER, head_of
 from tests.equivalence.tiny import FLOAT64, shared
 from tests.reference.exact_float64 import exact_float64

@@ -37,8 +37,9 @@ from duet_mlx import model as backend
 from duet_mlx.checkpoint import Checkpoint
 from duet_mlx.generate import common_prefix
 from duet_mlx.head import check_head
+from duet_mlx.lower import run_lower
 from duet_mlx.teacher import Targets, teacher_targets
-from duet_mlx.train import Prepared, TrainSettings, make_optimizer, make_step, run_lower, train
+from duet_mlx.train import Prepared, TrainSettings, make_optimizer, make_step, train
 from reference import adam, duet, lora
 from reference.teacher import context_of
 from tests.equivalence.noisy import Noisy, noisy, rounding_bounds

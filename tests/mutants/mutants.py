@@ -647,7 +647,7 @@ BACKEND = (
         "tests/equivalence/test_methods_equivalence.py",
     ),
     Mutant(
-        "duet_mlx/train.py",
+        "duet_mlx/lower.py",
         "the lower layers' states of an earlier run, whatever it read",
         "keys = [digest([base, layer, prefix, stream.sequences]) for stream in streams]",
         "keys = [digest([base, layer, prefix]) for stream in streams]",
