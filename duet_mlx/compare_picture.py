@@ -44,8 +44,8 @@ def methods_picture(rows: Sequence[Row], *paths: str | Path) -> None:
             left.annotate(str(number), points[model], ha="center", va="center", color="white", fontsize=8)
     left.set(
         xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), title="What was forgotten, what was kept (black: on the front)",
-        xlabel="forgotten: 1 - recall of the base's answers, reverse prompts included (right is better)",
-        ylabel="kept: mean F1 of neighbours and general questions (up is better)",
+        xlabel="forgotten: 1 - recall of the base's answers,\nreverse prompts included (right is better)",
+        ylabel="kept: mean F1 of neighbours and general questions\n(up is better)",
     )  # fmt: skip
     left.grid(color="0.9")
     _measures(right, [[row for row in rows if row["model"] == model] for model in models], sideways=True)
