@@ -40,34 +40,52 @@ def _load_blas() -> str | None:
     return found
 
 
-# What an OpenBLAS has code for, best first, and the flags by which Linux says that a processor can run it.
+# What an OpenBLAS may have code for, best first, and the flags by which Linux says that a processor can run it.
 CORES = {"SkylakeX": {"avx512f", "avx512bw", "avx512dq", "avx512cd", "avx512vl"}, "Haswell": {"avx2", "fma"}}
 
 
 def _load_for_this_processor(name: str, library: "ctypes.CDLL") -> None:
-    """Load OpenBLAS with global symbols; one that is older than the processor, as the nearest that it knows.
+    """Load OpenBLAS with global symbols; one that is older than the processor, as a core that it knows.
 
     It would take a processor it has not heard of for a Prescott of 2004: products at a quarter of the speed.
     """
     import _ctypes
     import ctypes
 
-    library.openblas_get_corename.restype = ctypes.c_char_p
-    wanted = None
-    if library.openblas_get_corename() == b"Prescott" and "OPENBLAS_CORETYPE" not in os.environ:
-        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-            flags = next((set(line.split()) for line in cpuinfo if line.startswith("flags")), set())
-        wanted = next((core for core, needed in CORES.items() if needed <= flags), None)
-    if wanted:
+    core = None
+    if "OPENBLAS_CORETYPE" not in os.environ and _core_of(library) == b"Prescott":
+        core = next((core for core, needed in CORES.items() if needed <= _flags()), None)
+    if core:
         _ctypes.dlclose(library._handle)  # it asks for the variable once, when it is loaded
-        os.environ["OPENBLAS_CORETYPE"] = wanted
-    ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-    if wanted:
-        del os.environ["OPENBLAS_CORETYPE"]
+        os.environ["OPENBLAS_CORETYPE"] = core
+    try:
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    finally:
+        if core:
+            del os.environ["OPENBLAS_CORETYPE"]
+
+
+def _core_of(library: "ctypes.CDLL") -> bytes | None:
+    """The processor that an OpenBLAS computes for, by its name; None where it does not say."""
+    import ctypes
+
+    if not hasattr(library, "openblas_get_corename"):
+        return None
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    return library.openblas_get_corename()
+
+
+def _flags() -> set[str]:
+    """What this processor can do, in Linux's words; nothing where Linux does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            return next((set(line.split()) for line in cpuinfo if line.startswith("flags")), set())
+    except (OSError, ValueError):
+        return set()
 
 
 def cores() -> int:
-    """How many cores this process may use: those that `taskset` or a container leaves to it."""
+    """How many cores this process may use: those that `taskset` or a cpuset leaves to it."""
     ours = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS does not
     return len(ours(0)) if ours else os.cpu_count() or 1
 

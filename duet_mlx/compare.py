@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .benchmark_run import load_benchmarks
 from .compare_grid import CONTEXT, CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
 from .compare_runs import evaluated, json_of, reads, run
-from .compare_table import Result, report_of, rows_of, shift
+from .compare_table import Result, points_of, report_of, rows_of, shift
 from .data import load_queries
 from .errors import ConfigError, DataError, ModelError, TrainingError, note, run_cli
 from .evaluate import UNLEARNED, EvaluateSettings
@@ -80,7 +80,10 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
         raise ConfigError(f"--evaluate {settings.evaluate}: names no context, so in-context unlearning has no row")
     if not trials:
         raise ConfigError("methods: context alone trains nothing; duet_mlx.evaluate without an adapter shows it")
+    if settings.trained:  # what `asked` asks instead
+        test = replace(test, trained=())
     check_inputs(settings, trials, test)
+    of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
     earlier: LowerStates = {}
     chosen, failed, tried = choose(grids, test, earlier, settings.valid_questions, ranked=settings.seeds > 1)
 
@@ -103,8 +106,7 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     if shown and hours_to_come and not (Path(settings.out) / "results.json").exists():  # that may be of more
         gather(settings, shown, [], [], failed, tried)
         note(f"the methods are compared in {settings.out}/table.md; sweeps and other seeds follow")
-    of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
-    swept_results = report(ablations, lambda trial: result_of(trial, evaluated(trial, of_sweeps, "sweep")))
+    swept_results = report(ablations, lambda trial: asked(trial, of_sweeps, trained=False, name="sweep"))
     if settings.only:
         return {"table": "", "failed": failed}
     if not (shown or swept_results):
@@ -194,25 +196,26 @@ def only(test: EvaluateSettings, **asked: Any) -> EvaluateSettings:
     nothing: dict[str, Any] = dict.fromkeys(("trained", "retain", "neighbours", "also", "benchmark", "beside"), ())
     nothing |= dict.fromkeys(("context", "topic", "context_name", "reverse_prompts", "retrained"))
     nothing |= dict.fromkeys(("forget_questions", "retain_questions", "neighbour_questions"), 0)
-    return replace(test, **{"answers_only": True, **nothing, **asked})
+    return replace(test, answers_only=True, **{**nothing, **asked})
 
 
 def asked_of_sweeps(test: EvaluateSettings, questions: int) -> EvaluateSettings:
-    """So many of the test questions of each role, evenly spread, and no reverse prompts: an ablation is one of many."""
-    files = {"forget": test.forget, "retain": test.retain, "neighbours": test.neighbours}
-    asked = {**files, "also": test.also, "benchmark": test.benchmark, "retrained": test.retrained}
-    counts = {f"{role.removesuffix('s')}_questions": at_most(questions, paths, role) for role, paths in files.items()}
-    return only(test, answers_only=test.answers_only, **asked, **counts)
+    """At most so many of the test questions of each role (0: all), and no reverse prompts: a sweep is many runs."""
+    counts: dict[str, Any] = {}
+    for role, files in (("forget", test.forget), ("retain", test.retain), ("neighbour", test.neighbours)):
+        limits = [at_most(questions, files, role), getattr(test, f"{role}_questions")]
+        counts[f"{role}_questions"] = min((limit for limit in limits if limit), default=0)
+    return replace(test, trained=(), reverse_prompts=None, **counts)
 
 
-def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
-    """What a run answers to the test questions, and, if wanted, to forget questions that it was trained on.
+def asked(trial: Trial, test: EvaluateSettings, trained: bool, name: str = "test") -> Result:
+    """What a run answers to questions, kept under a name, and, if wanted, to forget questions that it was trained on.
 
     Of these all that `forget_questions` took; else as many as are held out, 100 at least, evenly spread.
     """
     s = trial.settings
-    test = replace(test, model=s.model, trained=() if trained else test.trained)
-    rows = evaluated(trial, test, "test")
+    test = replace(test, model=s.model)
+    rows = evaluated(trial, test, name)
     if trained:
         # A hundred have an interval that is narrow enough beside the others.
         wanted = max(100, len(groups_of(test).get(FORGET, ())))
@@ -220,11 +223,6 @@ def asked(trial: Trial, test: EvaluateSettings, trained: bool) -> Result:
         seen = only(test, forget=s.forget, forget_questions=count)
         of_trained = [row for row in evaluated(trial, seen, "trained") if row["group"] == FORGET]
         rows = rows + [{**row, "group": TRAINED} for row in of_trained]
-    return result_of(trial, rows)
-
-
-def result_of(trial: Trial, rows: list[dict[str, Any]]) -> Result:
-    """These rows of a run, with what it cost."""
     return Result(trial.name, trial.values, trial.settings.seed, rows, json_of(trial.folder / "run.json"))
 
 
@@ -241,9 +239,10 @@ def gather(
 ) -> dict[str, Any]:
     """results.json, table.md and pictures: of the methods, of those run again with other seeds, and of the sweeps."""
     from .compare_picture import ablations_picture, methods_picture
+    from .picture import picture
 
     rows, ablations = rows_of(shown), rows_of(swept)
-    table = report_of(rows, shown, again, ablations, swept)
+    table = report_of(rows, shown, again, ablations, swept, settings.sweep_questions)
     results = {
         "meta": {
             "settings": asdict(settings),
@@ -256,11 +255,18 @@ def gather(
         "failed": failed,
     }
     out = Path(settings.out)
-    methods_picture(rows, *(out / f"results.{kind}" for kind in ("png", "svg")))
-    if swept:
-        ablations_picture(swept, *(out / f"ablations.{kind}" for kind in ("png", "svg")))
     write_text(out / "table.md", table + "\n")
     write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    pictures, of_sweeps = ([out / f"{name}.{kind}" for kind in ("png", "svg")] for name in ("results", "ablations"))
+    if points_of(rows):
+        methods_picture(rows, *pictures)
+    elif rows:  # of benchmarks alone
+        picture(results, *pictures)
+    if swept:
+        ablations_picture(swept, *of_sweeps)
+    else:
+        for file in of_sweeps:  # of an earlier comparison
+            file.unlink(missing_ok=True)
     return results
 
 

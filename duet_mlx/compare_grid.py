@@ -26,7 +26,9 @@ class CompareSettings:
     methods: dict = setting({}, "NAME: {method: M, SETTING: [values to try]}; the best on validation is reported")
     sweeps: dict = setting({}, "the same, but every combination is reported")
     valid_questions: int = setting(0, "validation questions of each role that a trial is asked, evenly spread (0: all)")
-    sweep_questions: int = setting(0, "test questions of each role that a run of a sweep is asked (0: all)")
+    sweep_questions: int = setting(
+        0, "test questions of each role that a run of a sweep is asked, evenly spread (0: all); no reverse prompts"
+    )
     seeds: int = setting(1, "seeds in all for the best methods; the first is that of the train YAML")
     best: int = setting(4, "how many methods are run with the other seeds")
     only: tuple[str, ...] = setting((), "run these methods and sweeps alone and make no table: a part of the whole")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _pyplot() -> Any:
 
 def _measures(axis: Any, runs: Sequence[Sequence[Row]], sideways: bool) -> None:
     """Each run's measures as points with intervals, runs along one axis; beside each other where they are the same."""
-    own = zip(own_columns([row for rows in runs for row in rows]), OWN, strict=False)
+    own = zip(own_columns([row for rows in runs for row in rows]), cycle(OWN), strict=False)
     measures = [*MEASURES, *((*column, marker, "white") for column, marker in own)]
     for offset, (label, group, metric, marker, fill) in enumerate(measures):
         places, values, errors = [], [], []
@@ -110,7 +111,7 @@ def _measures(axis: Any, runs: Sequence[Sequence[Row]], sideways: bool) -> None:
                 low, high = row.get("ci") or (row["value"], row["value"])
                 places.append(place + (offset - (len(measures) - 1) / 2) * 0.7 / len(measures))
                 values.append(row["value"])
-                errors.append((row["value"] - low, high - row["value"]))
+                errors.append((max(0.0, row["value"] - low), max(0.0, high - row["value"])))  # TOFU's may lie outside
         if values:
             x, y, error = (values, places, "xerr") if sideways else (places, values, "yerr")
             axis.errorbar(

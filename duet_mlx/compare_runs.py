@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .compare_grid import Trial
 from .data import file_hash
-from .errors import DivergedError
+from .errors import DivergedError, note
 from .evaluate import UNLEARNED, EvaluateSettings, evaluate
 from .files import write_files, write_text
 from .methods import METHODS, states_of
@@ -38,13 +38,18 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
     done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
     record = json_of(trial.folder / "run.json")
+    if not _says(record, done):
+        record = _same_run(trial, done) or record
     if _says(record, done):
         return record.get("failed", "")
-    if same := _same_run(trial, done):
-        return same.get("failed", "")
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
     _lend_targets(trial)
     start, before = time.monotonic(), record.get("seconds", 0.0) if "cut_off" in record else 0.0
+
+    def cut_off(seconds: float) -> None:
+        write_text(trial.folder / "run.json", json.dumps({"cut_off": True, "seconds": seconds}) + "\n")
+
+    cut_off(before)  # should this be killed, no record says of the folder that it holds a run that is whole
     mx.reset_peak_memory()
     failed = ""
     try:
@@ -52,8 +57,7 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     except DivergedError as error:  # a run that diverges is a result, and the others go on
         failed = str(error)
     except KeyboardInterrupt:
-        spent = before + time.monotonic() - start
-        write_text(trial.folder / "run.json", json.dumps({"cut_off": True, "seconds": spent}) + "\n")
+        cut_off(before + time.monotonic() - start)
         raise
     cost = {"seconds": before + time.monotonic() - start, "peak_memory_gb": mx.get_peak_memory() / 1e9}
     record = {**done, **cost, **({"failed": failed} if failed else {})}
@@ -68,15 +72,22 @@ def _says(record: dict[str, Any], done: dict[str, Any]) -> bool:
 
 
 def _same_run(trial: Trial, done: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run under another name that was the same; its adapter and answers are copied. {} if none was."""
+    """The record of a run under another name that was the same; its adapter is copied. {} if there is none."""
+    from .once import saved_config
+
+    mine = Path(trial.settings.adapter_path)
+    if saved_config(mine) is not None:  # `train_once` sets aside what was trained otherwise
+        return {}
     for file in _newest_first(_runs(trial).glob("**/run.json")):
-        record = json_of(file)
-        if _says(record, done):
-            _copy((file.parent / "adapters").glob("*"), Path(trial.settings.adapter_path))
-            for kept in file.parent.glob(f"*/{KEPT}"):
-                _copy(kept.glob("*"), trial.folder / kept.parent.name / KEPT)
-            write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
-            return record
+        record = {**json_of(file), "same_as": str(file.parent)}
+        adapter = file.parent / "adapters"
+        if not _says(record, done) or not ("failed" in record or saved_config(adapter)):
+            continue
+        note(f"{trial.folder}: a copy of {file.parent}, which is the same run")
+        if "failed" not in record:
+            _copy((adapter / name for name in ("adapter_config.json", "adapters.safetensors")), mine)
+        write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
+        return record
     return {}
 
 
@@ -148,9 +159,14 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
 
 
 def _lend_answers(trial: Trial, out: Path) -> None:
-    """Copy what the base answered from the last evaluation of the same name; `evaluate` takes it only if it fits."""
+    """Copy what the base answered from the last evaluation of the same name; `evaluate` takes it only if it fits.
+
+    Of a run that is a copy of another, also what the model answered there.
+    """
     if (out / KEPT).exists():
         return
+    if (of_same := Path(json_of(trial.folder / "run.json").get("same_as", ""), out.name, KEPT)).is_dir():
+        return _copy(of_same.glob("*"), out / KEPT)
     for folder in _newest_first(_runs(trial).glob(f"**/{out.name}/{KEPT}"))[:1]:
         _copy((file for file in folder.glob("*") if UNLEARNED not in file.name), out / KEPT)
 

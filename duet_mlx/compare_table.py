@@ -98,17 +98,15 @@ def report_of(
     again: Sequence[Result],
     ablations: Sequence[Row],
     swept: Sequence[Result],
+    questions: int = 0,
 ) -> str:
-    """table.md: the methods, those of them with other seeds, and the sweeps, which answered questions of their own."""
-    parts = [*table_of(rows, shown), "", LEGEND, *seeds_of(rows, shown, again)] if shown else []
+    """table.md: the methods, those of them with other seeds, and the sweeps, asked so many `questions` of each role."""
+    parts = [*table_of(rows, shown), ""] if shown else []
+    parts += [LEGEND, *seeds_of(rows, shown, again)]
     if swept:
-        parts += [
-            "",
-            "Sweeps, each run asked part of the test questions:",
-            "",
-            *table_of(ablations, swept, fronted=False),
-        ]
-    return "\n".join(parts).strip("\n")
+        asked = f"at most {questions} test questions of each role and" if questions else "all test questions but"
+        parts += ["", f"Sweeps, asked {asked} no reverse prompts:", "", *table_of(ablations, swept, fronted=False)]
+    return "\n".join(parts)
 
 
 def table_of(rows: Sequence[Row], results: Sequence[Result], fronted: bool = True) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import BLAS, __version__, measures
+from . import BLAS, __version__, cores, measures
 from .context_file import READY
 from .data import file_hash
 from .errors import note
@@ -55,7 +54,7 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
             "system": platform.system(),
             "architecture": platform.machine(),
             "processor": _processor(),
-            "cores": os.cpu_count(),
+            "cores": cores(),
             "blas": BLAS,
             "device": "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu",
         },

@@ -6,18 +6,20 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from duet_mlx.compare import check_inputs, choose, evaluation_of
+from duet_mlx.compare import asked_of_sweeps, check_inputs, choose, evaluation_of
 from duet_mlx.compare_grid import CompareSettings, all_trials
 from duet_mlx.compare_runs import _copy
 from duet_mlx.evaluate import EvaluateSettings
 from duet_mlx.files import only_run_in
+from duet_mlx.groups import groups_of
 from duet_mlx.methods import METHODS
+from duet_mlx.once import essence
 from duet_mlx.report import load_results
 from duet_mlx.settings import parse
 from duet_mlx.stream import Stream
@@ -75,7 +77,7 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     duet, npo = models[2:4]
     assert models == ["base", "base + context", duet, npo]
     ablated = list(dict.fromkeys(row["model"] for row in results["ablations"]))
-    assert ablated == ["base", "K, top_k 1", "K, top_k 3", "K, top_k 5", "all"]
+    assert ablated == ["base", "base + context", "K, top_k 1", "K, top_k 3", "K, top_k 5", "all"]
     # The row is the best of its grid on the validation questions.
     for name, label, key in (("duet", duet, "learning_rate"), ("npo, weak", npo, "beta")):
         tried = results["meta"]["tried"][name]
@@ -97,6 +99,49 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     again = command("compare", "-c", config)
     assert again.code == 0 and again.out.strip() == table.strip() and "are compared in" not in again.err
     assert adapters == {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
+
+
+def test_a_sweep_is_asked_part_of_the_test_questions_by_the_model_that_was_trained(command, comparison, tmp_path):
+    config = comparison({"ga": {"iters": 1}, "context": None}, sweeps={"K": {"method": "duet"}}, sweep_questions=2)
+    test = yaml.safe_load((tmp_path / "evaluate.yaml").read_text())
+    many = {
+        role: str(write_questions(tmp_path / f"{role}.jsonl", [f"What does the {what} do {i}?" for i in range(4)]))
+        for role, what in (("forget", "owl"), ("retain", "bee"), ("neighbours", "broom"))
+    }
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Ignore all that.\n")
+    del test["model"]
+    test |= {**many, "retain_questions": 1, "reverse_prompts": str(prompts)}
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(test))
+    ended = command("compare", "-c", config)
+    assert ended.code == 0, ended.err
+    results = load_results(tmp_path / "out" / "results.json")
+    counts = [
+        {row["group"]: row["n"] for row in results[part] if (row["model"], row["metric"]) == ("base", "broken")}
+        for part in ("rows", "ablations")
+    ]
+    assert counts[0]["forget"] == counts[0]["neighbours"] == 4 and "forget, reverse 1" in counts[0]
+    assert counts[1] == {"forget": 2, "general": 1, "neighbours": 2}
+    assert "base + context" in {row["model"] for row in results["ablations"]}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "Sweeps, asked at most 2 test questions of each role and no reverse prompts:" in table
+
+
+def test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter(command, comparison, tmp_path):
+    runs, sweeps = tmp_path / "out" / "runs", {"K": {"method": "duet", "top_k": [3, 5]}, "all": {"method": "duet"}}
+    ended = command("compare", "-c", comparison({"npo": None}, sweeps=sweeps))
+    assert ended.code == 0 and f"{runs / 'all' / 'run'}: a copy of {runs / 'K' / 'top_k=5'}" in ended.err, ended.err
+    assert json.loads((runs / "all" / "run" / "run.json").read_text())["same_as"] == str(runs / "K" / "top_k=5")
+    # Now `all` is another run, and then again the one that there is under another name.
+    for iters, says in ((2, "== all"), (4, "the earlier adapter is kept in")):
+        ended = command(
+            "compare", "-c", comparison({"npo": None}, sweeps=sweeps | {"all": {"method": "duet", "iters": iters}})
+        )
+        assert ended.code == 0 and says in ended.out and "a copy of" not in ended.err, ended.err
+    # One whose adapter is gone is no run to copy.
+    (runs / "K" / "top_k=3" / "adapters" / "adapters.safetensors").unlink()
+    ended = command("compare", "-c", comparison({"npo": None}, sweeps={"three": {"method": "duet", "top_k": 3}}))
+    assert ended.code == 0 and "== three" in ended.out and "a copy of" not in ended.err, ended.err
 
 
 def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, monkeypatch):
@@ -174,7 +219,7 @@ def test_parts_run_in_several_processes_are_gathered_by_one_and_nothing_is_run_a
     )
     results = load_results(tmp_path / "out" / "results.json")
     models = [list(dict.fromkeys(row["model"] for row in results[part])) for part in ("rows", "ablations")]
-    assert models == [["base", "base + context", "duet", "npo"], ["base", "K"]]
+    assert models == [["base", "base + context", "duet", "npo"], ["base", "base + context", "K"]]
 
 
 def test_a_grid_that_another_process_runs_is_left_to_it(refused, comparison, tmp_path):
@@ -317,11 +362,12 @@ def test_the_examples_questions_are_there_and_as_many_as_its_sweeps_ask_for(tmp_
     monkeypatch.setattr("duet_mlx.model.resolve_model", lambda _: None)  # the model itself is fetched by `make model`
     settings = parse(CompareSettings, "compare", "Compare.", ["-c", "examples/compare/config.yaml"])
     grids, sweeps = all_trials(replace(settings, out=str(tmp_path)))
-    check_inputs(
-        settings,
-        [trial for trials in (*grids.values(), *sweeps.values()) for trial in trials],
-        evaluation_of(settings),
-    )
+    trials = [trial for trials in (*grids.values(), *sweeps.values()) for trial in trials]
+    check_inputs(settings, trials, evaluation_of(settings))
+    # The values of train.yaml, which stand in nine sweeps, are those of one run; `context` has a topic besides.
+    assert len({json.dumps(essence(asdict(trial.settings))) for trial in trials}) == len(trials) - 10
+    asked = groups_of(asked_of_sweeps(evaluation_of(settings), settings.sweep_questions))
+    assert {len(asked[group]) for group in ("forget", "general", "neighbours")} == {60}
 
 
 def test_without_the_implanted_model_the_tofu_comparison_says_what_makes_it(refused, tmp_path, monkeypatch):

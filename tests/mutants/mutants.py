@@ -684,6 +684,20 @@ BACKEND = (
         "tests/unit/test_compare_table.py",
     ),
     Mutant(
+        "duet_mlx/compare_runs.py",
+        "a run whose adapter is gone is copied",
+        "or saved_config(adapter))",
+        "or True)",
+        "tests/cli/test_compare.py::test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter",
+    ),
+    Mutant(
+        "duet_mlx/generate.py",
+        "two streams on one core",
+        "range(min(2, cores()))",
+        "range(2)",
+        "tests/unit/test_errors.py::test_a_process_that_has_one_core_has_one_stream",
+    ),
+    Mutant(
         "duet_mlx/compare.py",
         "the worst trial on validation is reported",
         "best = max(shifts,",

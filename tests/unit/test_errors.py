@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+import types
 
 import pytest
 
-from duet_mlx import BLAS
+import duet_mlx
+from duet_mlx import BLAS, CORES
 from duet_mlx.errors import (
     ConfigError,
     ContextError,
@@ -139,15 +140,47 @@ def test_each_of_two_streams_has_half_of_the_cores_for_products_unless_the_user_
         assert in_fresh_python(program, OPENBLAS_NUM_THREADS=threads) == threads
 
 
+@pytest.mark.parametrize(
+    ("core", "flags", "user", "loaded_as"),
+    [
+        ("Prescott", CORES["SkylakeX"] | CORES["Haswell"], None, "SkylakeX"),
+        ("Prescott", CORES["Haswell"], None, "Haswell"),
+        ("Prescott", {"sse3"}, None, None),  # it may be one
+        ("Zen", CORES["Haswell"], None, None),
+        ("Prescott", CORES["Haswell"], "Prescott", "Prescott"),  # the user's word
+        (None, CORES["Haswell"], None, None),  # one that does not say
+    ],
+)
+def test_an_openblas_older_than_the_processor_is_told_what_it_is(monkeypatch, core, flags, user, loaded_as):
+    """By a stand-in for the library: no machine is of all these kinds."""
+    library = types.SimpleNamespace(_handle=7)
+    if core:
+        library.openblas_get_corename = lambda: core.encode()
+    loaded, closed = [], []
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    if user:
+        monkeypatch.setenv("OPENBLAS_CORETYPE", user)
+    monkeypatch.setattr(duet_mlx, "_flags", lambda: flags)
+    monkeypatch.setattr("ctypes.CDLL", lambda name, mode: loaded.append((name, os.environ.get("OPENBLAS_CORETYPE"))))
+    monkeypatch.setattr("_ctypes.dlclose", closed.append)
+    duet_mlx._load_for_this_processor("openblas", library)
+    assert loaded == [("openblas", loaded_as)] and closed == ([7] if loaded_as != user else [])
+    assert os.environ.get("OPENBLAS_CORETYPE") == user
+
+
 @pytest.mark.skipif(BLAS is None, reason="no OpenBLAS here")
-def test_an_openblas_older_than_the_processor_does_not_take_it_for_one_of_twenty_years_ago():
-    program = "import ctypes, os, duet_mlx; core = ctypes.CDLL(None).openblas_get_corename\n"
-    program += "core.restype = ctypes.c_char_p; print(core().decode(), os.environ.get('OPENBLAS_CORETYPE'))"
-    core, variable = in_fresh_python(program).split()
-    assert variable == str(os.environ.get("OPENBLAS_CORETYPE"))  # left as it was
-    if "avx2" in Path("/proc/cpuinfo").read_text() and variable == "None":
-        assert core != "Prescott"
-    assert in_fresh_python(program, OPENBLAS_CORETYPE="Prescott").split()[0] in ("Prescott", core)  # the user's word
+def test_openblas_computes_for_what_the_processor_can_do():
+    program = "import ctypes, duet_mlx; core = ctypes.CDLL(None).openblas_get_corename\n"
+    core = in_fresh_python(program + "core.restype = ctypes.c_char_p; print(core().decode())")
+    assert core != "Prescott" or "OPENBLAS_CORETYPE" in os.environ or not CORES["Haswell"] <= duet_mlx._flags()
+
+
+def test_where_linux_does_not_say_what_the_processor_can_do_nothing_is_assumed(monkeypatch):
+    def hidden(*asked, **more):
+        raise PermissionError
+
+    monkeypatch.setattr("builtins.open", hidden)
+    assert duet_mlx._flags() == set()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a process has all cores")
