@@ -276,6 +276,14 @@ def test_a_run_that_diverges_is_a_result_and_the_others_go_on(command, compariso
     assert "ga, learning_rate 0.001" in models
 
 
+def test_a_run_that_diverged_is_not_made_again_under_another_name(command, comparison):
+    diverging = {"method": "ga", "learning_rate": 1e38}
+    ended = command("compare", "-c", comparison({"ga": {"iters": 1}}, sweeps={"one": diverging, "other": diverging}))
+    assert ended.code == 0, ended.err
+    assert "== one" in ended.out and "== other" not in ended.out
+    assert all(f"failed: {name} {{}}: step" in ended.out for name in ("one", "other"))
+
+
 def test_quick_runs_the_first_trial_of_each_grid_with_its_own_settings(command, comparison, tmp_path):
     config = comparison(
         {"duet": TRIED, "npo": TRIED}, sweeps={"K": {"method": "duet", "top_k": [1, 2]}}, seeds=3, trained=True,
