@@ -10,7 +10,7 @@ from typing import Any
 from .compare_table import WORST, Result, Row, front, own_columns, points_of, shift
 from .evaluate import UNLEARNED
 from .metrics import FORGET, GENERAL, NEIGHBOURS
-from .picture import legend_name, save
+from .picture import legend_name, pyplot, save, share
 
 # Told apart by shape and filling, not by colour: what should go is round, what should stay has corners.
 MEASURES = (
@@ -32,7 +32,7 @@ def methods_picture(rows: Sequence[Row], *paths: str | Path) -> None:
     Raises:
         TrainingError: no room, or no permission.
     """
-    plt = _pyplot()
+    plt = pyplot()
     models = sorted(dict.fromkeys(row["model"] for row in rows), key=lambda model: -shift(rows, model))
     height = max(5.0, 1.6 + 0.36 * len(models))
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), gridspec_kw={"width_ratios": [1, 1.1]})
@@ -70,7 +70,7 @@ def ablations_picture(swept: Sequence[Result], *paths: str | Path) -> None:
     Raises:
         TrainingError: no room, or no permission.
     """
-    plt = _pyplot()
+    plt = pyplot()
     names = list(dict.fromkeys(result.name for result in swept))
     lines = -(-len(names) // PANELS)
     figure, axes = plt.subplots(
@@ -90,15 +90,6 @@ def ablations_picture(swept: Sequence[Result], *paths: str | Path) -> None:
     save(figure, *paths)
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed, and none is looked for
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _measures(axis: Any, runs: Sequence[Sequence[Row]], sideways: bool) -> None:
     """Each run's measures as points with intervals, runs along one axis; beside each other where they are the same."""
     own = zip(own_columns([row for rows in runs for row in rows]), cycle(OWN), strict=False)
@@ -108,13 +99,13 @@ def _measures(axis: Any, runs: Sequence[Sequence[Row]], sideways: bool) -> None:
         for place, rows in enumerate(runs):
             row = next((row for row in rows if (row["group"], row["metric"]) == (group, metric)), None)
             if row and row["value"] is not None:
-                low, high = row.get("ci") or (row["value"], row["value"])
+                figure, *error = share(row)
                 places.append(place + (offset - (len(measures) - 1) / 2) * 0.7 / len(measures))
-                values.append(row["value"])
-                errors.append((max(0.0, row["value"] - low), max(0.0, high - row["value"])))  # TOFU's may lie outside
+                values.append(figure)
+                errors.append(error)
         if values:
-            x, y, error = (values, places, "xerr") if sideways else (places, values, "yerr")
+            x, y, which = (values, places, "xerr") if sideways else (places, values, "yerr")
             axis.errorbar(
-                x, y, **{error: list(zip(*errors, strict=True))}, fmt=marker, markersize=5, color="black",
+                x, y, **{which: list(zip(*errors, strict=True))}, fmt=marker, markersize=5, color="black",
                 markerfacecolor=fill, ecolor="0.6", elinewidth=1, label=label,
             )  # fmt: skip

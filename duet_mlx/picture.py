@@ -63,11 +63,7 @@ def picture(results: dict[str, Any], *paths: str | Path) -> None:
     Raises:
         TrainingError: no room, or no permission.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed, and none is looked for
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     rows: Cells = {(row["model"], row["group"], row["metric"]): row for row in results["rows"]}
     models = list(dict.fromkeys(row["model"] for row in results["rows"]))
     gone, stays = _axes(list(dict.fromkeys(key[1:] for key in rows)))
@@ -80,6 +76,16 @@ def picture(results: dict[str, Any], *paths: str | Path) -> None:
     _bars(axes[0, -1], rows, models, shown)
     figure.tight_layout()
     save(figure, *paths)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed, and none is looked for
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def save(figure: Any, *paths: str | Path) -> None:
@@ -124,7 +130,7 @@ def _benchmark_bars(rows: Iterable[tuple[str, str, str]]) -> list[Key]:
     return [(group, metric) for group in groups if "reverse" not in group for metric in BENCHMARK_BARS]
 
 
-def _share(row: Row) -> tuple[float, float, float]:
+def share(row: Row) -> tuple[float, float, float]:
     """A row's value as a share, and the lengths of its error bar below and above."""
     low, high = row.get("ci") or (row["value"], row["value"])
     unit = 100 if row["metric"] in POINTS else 1
@@ -144,7 +150,7 @@ def _scatter(axis: Any, rows: Cells, models: Sequence[str], gone_key: Key, stays
             gone, stays = rows.get((model, *gone_key)), rows.get((model, *key))
             if not gone or not stays or gone["value"] is None or stays["value"] is None:
                 continue
-            (recall, below, above), (y, *y_error) = _share(gone), _share(stays)
+            (recall, below, above), (y, *y_error) = share(gone), share(stays)
             points[model] = 1 - recall, y
             axis.errorbar(
                 1 - recall,
@@ -197,7 +203,7 @@ def _bars(axis: Any, rows: Cells, models: Sequence[str], shown: Sequence[Key]) -
     height = 0.8 / len(models)
     for number, model in enumerate(models):
         found = [(place, rows.get((model, *key))) for place, key in enumerate(shown)]
-        bars = [(place, *_share(row)) for place, row in found if row and row["value"] is not None]
+        bars = [(place, *share(row)) for place, row in found if row and row["value"] is not None]
         if not bars:
             continue
         places, values, below, above = zip(*bars, strict=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .metrics import FORGET
-from .picture import ANSWERED, POINTS, legend_name, save, short_name
+from .picture import ANSWERED, POINTS, legend_name, pyplot, save, short_name
 
 TEACHER, STUDENT = "base + context", "unlearned"
 NAMED = 12  # as many questions are named as have room beside the curve
@@ -61,11 +61,7 @@ def question_picture(samples: Sequence[dict[str, Any]], *paths: str | Path) -> b
     metric, pairs = pairs_of(samples)
     if not pairs:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed, and none is looked for
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     pairs.sort(key=lambda pair: (pair.shortfall, pair.student))
     furthest = [pair for pair in pairs if pair.shortfall > 0][-NAMED:]
     figure, axes = plt.subplots(
