@@ -20,7 +20,9 @@ COLUMNS = (
     ("broken, forget ↓", FORGET, "broken"),
     ("broken, general ↓", GENERAL, "broken"),
 )
-WHOLE = {"model_utility": "model utility", "forget_quality": "forget quality"}
+# What stands for a benchmark: TOFU's two figures of the whole and MUSE's, and one of each group of the others.
+WHOLE = {"model_utility": "model utility ↑", "forget_quality": "forget quality ↑", "privleak": "PrivLeak (0 is best)"}
+OF_A_GROUP = ("accuracy", "knowmem", "verbmem")
 ALWAYS_THERE = {group for _, group, _ in COLUMNS}
 LEGEND = (
     "Forget questions: recall of the base's own answer; neighbours and general: F1 with it; [95 % bootstrap interval]. "
@@ -143,14 +145,22 @@ def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def own_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Columns as in COLUMNS for the groups of --also, and for what TOFU says of the whole."""
-    groups = dict.fromkeys(row["group"] for row in rows if row["metric"] == "recall")
-    whole = dict.fromkeys((row["metric"], row["group"]) for row in rows if row["metric"] in WHOLE)
-    return [(f"{WHOLE[metric]} ↑", group, metric) for metric, group in whole] + [
-        (f"{group} ↓", group, "recall") if group.startswith(FORGET) else (f"{group} ↑", group, "f1")
-        for group in groups
-        if group not in ALWAYS_THERE and ", reverse" not in group
+    """Columns as in COLUMNS for benchmarks, and for the groups of --also."""
+    there = dict.fromkeys((row["group"], row["metric"]) for row in rows)
+    own = [group for group, metric in there if metric == "recall" and group not in ALWAYS_THERE]
+    return [
+        *((WHOLE[metric], group, metric) for group, metric in there if metric in WHOLE),
+        *((_headed(group), group, metric) for group, metric in there if metric in OF_A_GROUP),
+        *(
+            (_headed(group), group, "recall" if group.startswith(FORGET) else "f1")
+            for group in own
+            if ", reverse" not in group
+        ),
     ]
+
+
+def _headed(group: str) -> str:
+    return f"{group} {'↓' if group.startswith(FORGET) else '↑'}"
 
 
 def seeds_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Result]) -> list[str]:

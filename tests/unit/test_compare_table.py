@@ -65,19 +65,23 @@ def test_the_table_has_a_line_a_model_and_its_seeds_below():
     ]  # fmt: skip
 
 
-def test_groups_of_ones_own_and_what_tofu_says_of_the_whole_have_columns_behind_the_others():
+def test_groups_of_ones_own_and_the_main_figures_of_benchmarks_have_columns_behind_the_others():
     own = [
         ("forget, stereotyped", "recall"), ("forget, stereotyped", "f1"), ("general, stereotyped", "recall"),
         ("general, stereotyped", "f1"), ("forget, reverse 1", "recall"), ("tofu all", "forget_quality"),
-        ("tofu retain", "rouge_recall"),
+        ("tofu retain", "rouge_recall"), ("forget, wmdp:bio", "accuracy"), ("retain, muse:News knowmem", "knowmem"),
+        ("holdout, muse:News privleak", "min_k"), ("muse:News as a whole", "privleak"),
     ]  # fmt: skip
     rows = BASE + [
         {"model": "base", "group": group, "metric": metric, "value": i / 10, "ci": None, "n": 3}
         for i, (group, metric) in enumerate(own)
     ]
     head, _, line = ([cell.strip() for cell in line.strip("|").split("|")] for line in table_of(rows, [])[:3])
-    assert head[5:8] == ["forget quality ↑", "forget, stereotyped ↓", "general, stereotyped ↑"]
-    assert line[5:8] == ["0.50", "0.00", "0.30"] and head[8] == "shift ↑"
+    assert head[5:] == [
+        "forget quality ↑", "PrivLeak (0 is best)", "forget, wmdp:bio ↓", "retain, muse:News knowmem ↑",
+        "forget, stereotyped ↓", "general, stereotyped ↑", "shift ↑", "front", "seconds", "GB",
+    ]  # fmt: skip
+    assert line[5:11] == ["0.50", "1.00", "0.70", "0.80", "0.00", "0.30"]
     assert shift(rows, "base") == 0
 
 
