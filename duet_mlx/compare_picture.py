@@ -92,7 +92,9 @@ def ablations_picture(swept: Sequence[Result], *paths: str | Path) -> None:
 
 def _measures(axis: Any, runs: Sequence[Sequence[Row]], sideways: bool) -> None:
     """Each run's measures as points with intervals, runs along one axis; beside each other where they are the same."""
-    own = zip(own_columns([row for rows in runs for row in rows]), cycle(OWN), strict=False)
+    columns = own_columns([row for rows in runs for row in rows])
+    shares = [column for column in columns if column[2] != "privleak"]  # which may be anything from -100 on
+    own = zip(shares, cycle(OWN), strict=False)
     measures = [*MEASURES, *((*column, marker, "white") for column, marker in own)]
     for offset, (label, group, metric, marker, fill) in enumerate(measures):
         places, values, errors = [], [], []

@@ -35,6 +35,18 @@ def test_the_methods_stand_by_their_shift_and_those_on_the_front_are_joined(draw
     assert list(zip(x, y, strict=True)) == [pytest.approx((0, 1)), pytest.approx((0.7, 0.9))]
 
 
+def test_a_benchmarks_points_are_drawn_as_shares_and_privleak_is_none(drawn):
+    figures = {("retain, muse:News knowmem", "knowmem"): 40.0, ("muse:News as a whole", "privleak"): -60.0}
+    own = [
+        {"model": "base", "group": group, "metric": metric, "value": value, "ci": None, "n": 3}
+        for (group, metric), value in figures.items()
+    ]
+    methods_picture(BASE + own, "results.png")
+    right = drawn[0].axes[1]
+    *_, last = right.containers
+    assert last.get_label() == "retain, muse:News knowmem ↑" and last[0].get_xdata().tolist() == [0.4]
+
+
 def test_each_sweep_has_a_panel_its_values_and_all_measures_also_those_beside_their_interval(drawn):
     groups = [f"forget, kind {i}" for i in range(7)]
     rows = [
