@@ -115,10 +115,11 @@ def _lend_targets(trial: Trial) -> None:
         return json.dumps([states_of(settings), *shape, *reads(settings)])  # JSON has lists alone, no tuples
 
     known = {field.name for field in fields(TrainSettings)}
-    for config in _newest_first(_runs(trial).glob("**/adapters/adapter_config.json")):
-        saved = {k: v for k, v in json_of(config).get("settings", {}).items() if k in known}
-        if kind(TrainSettings(**saved)) == kind(trial.settings):
-            return _copy(config.parent.glob("*targets.safetensors"), mine)
+    for targets in _newest_first(_runs(trial).glob("**/adapters/targets.safetensors")):  # which a copy has not
+        config = json_of(targets.with_name("adapter_config.json"))
+        saved = {k: v for k, v in config.get("settings", {}).items() if k in known}
+        if saved and kind(TrainSettings(**saved)) == kind(trial.settings):
+            return _copy(targets.parent.glob("*targets.safetensors"), mine)
 
 
 def _newest_first(files: Iterable[Path]) -> list[Path]:

@@ -127,6 +127,14 @@ def test_a_sweep_is_asked_part_of_the_test_questions_by_the_model_that_was_train
     assert "Sweeps, asked at most 2 test questions of each role and no reverse prompts:" in table
 
 
+def test_targets_come_from_the_run_that_has_them_not_from_its_copy(command, comparison):
+    sweeps = {"K": {"method": "duet", "top_k": 3}, "all": {"method": "duet", "top_k": 3}}
+    sweeps["rate"] = {"method": "duet", "top_k": 3, "learning_rate": 0.05}
+    ended = command("compare", "-c", comparison({"npo": None}, sweeps=sweeps))
+    assert ended.code == 0 and "a copy of" in ended.err, ended.err
+    assert ended.out.partition("== K")[2].count("targets: built now") == 1
+
+
 def test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter(command, comparison, tmp_path):
     runs, sweeps = tmp_path / "out" / "runs", {"K": {"method": "duet", "top_k": [3, 5]}, "all": {"method": "duet"}}
     ended = command("compare", "-c", comparison({"npo": None}, sweeps=sweeps))
