@@ -19,20 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .benchmark_run import load_benchmarks
-from .compare_grid import CONTEXT, CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
+from .compare_grid import CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
 from .compare_runs import evaluated, json_of, reads, run
 from .compare_table import Result, points_of, report_of, rows_of, shift
 from .data import load_queries
 from .errors import ConfigError, DataError, ModelError, TrainingError, note, run_cli
-from .evaluate import UNLEARNED, EvaluateSettings
+from .evaluate import UNLEARNED, EvaluateSettings, check_settings, contexts_of
 from .files import make_folder, only_run_in, write_text
 from .groups import groups_of, reverse_prompts
 from .metrics import FORGET, TRAINED
+from .report import load_beside
 from .settings import parse, require
 from .train import read_questions
 
 if TYPE_CHECKING:
     from .lower import LowerStates
+    from .train_settings import TrainSettings
 
 
 def main() -> None:
@@ -76,16 +78,19 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     grids, swept = all_trials(settings)
     trials = [trial for part in (grids, swept) for trials in part.values() for trial in trials]
     test = evaluation_of(settings)
-    if test.context is None and CONTEXT in grids:
+    if test.context is None and not all(grids.values()):
         raise ConfigError(f"--evaluate {settings.evaluate}: names no context, so in-context unlearning has no row")
     if not trials:
         raise ConfigError("methods: context alone trains nothing; duet_mlx.evaluate without an adapter shows it")
     if settings.trained:  # what `asked` asks instead
         test = replace(test, trained=())
+    check_validation(settings, grids)
     check_inputs(settings, trials, test)
+    for model in {trial.settings.model for trial in trials}:
+        check_methods([trial for trial in trials if trial.settings.model == model])
     of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
     earlier: LowerStates = {}
-    chosen, failed, tried = choose(grids, test, earlier, settings.valid_questions, ranked=settings.seeds > 1)
+    chosen, failed, tried = choose(settings, grids, test, earlier)
 
     def report(trials: Sequence[Trial], ask: Callable[[Trial], Result]) -> list[Result]:
         results = []
@@ -128,19 +133,40 @@ def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
     return replace(test, also=(*test.also, *settings.also), trained=() if settings.quick else test.trained)
 
 
+def check_validation(settings: CompareSettings, grids: dict[str, list[Trial]]) -> None:
+    """Raise ConfigError where trials, or methods, are to be chosen from by validation questions that are not named."""
+    for name, trials in grids.items():
+        for s in (trial.settings for trial in trials if chosen_from(settings, trials)):
+            if missing := [key for key in ("valid_forget", "valid_retain") if not getattr(s, key)]:
+                raise ConfigError(
+                    f"methods {name}: --train {settings.train} names no {missing[0]}, by which the best of several "
+                    "trials is chosen, and with several seeds the best of the methods"
+                )
+            if strange := [file for file in settings.valid_neighbours if file not in s.valid_retain]:
+                raise ConfigError(f"--valid-neighbours {strange[0]}: is none of {name}'s valid_retain files")
+
+
+def chosen_from(settings: CompareSettings, trials: Sequence[Trial]) -> bool:
+    """Whether the trials of a method are asked the validation questions."""
+    return len(trials) > 1 or settings.seeds > 1
+
+
 def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> None:
-    """Read the questions of all trials, and those of the test, once; see that the base is there.
+    """Read the questions of all trials, and those of the test, once; see that the base is there, and fits them.
 
     Raises:
         DuetError: what is wrong with them, and what makes them if --made-by says so.
     """
     from .model import resolve_model
 
+    check_settings(replace(test, model=test.model or trials[0].settings.model, out=settings.out, overwrite=True))
     hint = f"; `{settings.made_by}` makes it" if settings.made_by else ""
     try:
         for each in {str(reads(trial.settings)): trial.settings for trial in trials}.values():
             read_questions(each)
-        groups_of(test)
+        groups = groups_of(test)
+        contexts_of(test, groups.get(FORGET, []))
+        load_beside(test.beside, ())
         reverse_prompts(test.reverse_prompts)
         load_benchmarks(test.benchmark, test.benchmark_questions)
         for model in {*(trial.settings.model for trial in trials), *filter(None, [test.retrained])}:
@@ -149,41 +175,65 @@ def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: Evalu
         raise type(error)(f"{error}{hint if 'no such' in str(error) else ''}") from error
 
 
+def check_methods(trials: Sequence[Trial]) -> None:
+    """Raise ConfigError for a method, or LoRA, that the model of these trials does not allow."""
+    import mlx.core as mx
+
+    from .head import check_head
+    from .labels import check_method
+    from .model import check_lora, load_model, lora_keys
+
+    model, _, _ = load_model(trials[0].settings.model, trust_remote_code=trials[0].settings.trust_remote_code)
+    head, _ = check_head(model, mx.array([[0]]))
+    for trial in trials:
+        s = trial.settings
+        try:
+            check_lora(model, s.num_layers, s.lora_parameters["rank"])
+            lora_keys(model, s.lora_parameters["keys"])
+            check_method(s, model, head)
+        except ConfigError as error:
+            raise ConfigError(f"methods {trial.name} {trial.values or ''}: {error}") from error
+
+
 # --- which is best, and what it says ---------------------------------------------------------------------
 
 
 def choose(
-    grids: dict[str, list[Trial]], test: EvaluateSettings, earlier: LowerStates, questions: int = 0, ranked: bool = True
+    settings: CompareSettings, grids: dict[str, list[Trial]], test: EvaluateSettings, earlier: LowerStates
 ) -> tuple[list[Trial], list[dict], dict]:
     """The best trial of each method by performance shift on the validation questions; what failed; all shifts.
 
     Args:
-        earlier: as in `compare_runs.run`.  questions: of each role that a trial is asked, at most; 0: all.
-        ranked: whether the methods will be compared by these shifts; if not, a single trial need not be validated.
+        test: how questions are asked.  earlier: as in `compare_runs.run`.
     """
     chosen, failed = [], []
     tried: dict[str, dict[tuple, float]] = {}
     for name, trials in grids.items():
         shifts: dict[tuple, float] = {}
-        if len(trials) == 1 and not ranked:
+        if not chosen_from(settings, trials):
             chosen += trials  # whether it comes to an end is seen when it is asked the test questions
             continue
         for trial in trials:
             if reason := run(trial, earlier):
                 failed.append({"name": name, "values": trial.values, "reason": reason})
-                continue
-            s = trial.settings
-            if not s.valid_forget and len(trials) > 1:
-                raise ConfigError("--train: names no valid_forget, by which the best of several trials is chosen")
-            files = {"forget": s.valid_forget or s.forget, "retain": s.valid_retain or s.retain}
-            counts = {f"{role}_questions": at_most(questions, paths, role) for role, paths in files.items()}
-            shown = only(test, model=s.model, **files, **counts)
-            shifts[tuple(trial.values.items())] = shift(evaluated(trial, shown, "valid"), UNLEARNED)
+            else:
+                shown = validation_of(settings, trial.settings, test)
+                shifts[tuple(trial.values.items())] = shift(evaluated(trial, shown, "valid"), UNLEARNED)
         tried[name] = shifts
         if shifts:
             best = max(shifts, key=lambda values: shifts[values])  # of equal ones the first
             chosen.append(next(trial for trial in trials if tuple(trial.values.items()) == best))
     return chosen, failed, tried
+
+
+def validation_of(settings: CompareSettings, s: TrainSettings, test: EvaluateSettings) -> EvaluateSettings:
+    """What a trial is asked to be chosen by: groups as those of the test, so that the shift adds up the same points."""
+    neighbours = [file for file in s.valid_retain if file in settings.valid_neighbours]
+    retain = [file for file in s.valid_retain if file not in settings.valid_neighbours]
+    files = {"forget": s.valid_forget, "retain": retain, "neighbours": neighbours}
+    roles = {"forget": "forget", "retain": "retain", "neighbours": "neighbour"}
+    counts = {f"{role}_questions": at_most(settings.valid_questions, files[key], role) for key, role in roles.items()}
+    return only(test, model=s.model, **files, **counts)
 
 
 def at_most(count: int, files: Sequence[str], role: str) -> int:

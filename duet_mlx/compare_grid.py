@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .data import digest
 from .errors import ConfigError, nearest
 from .files import write_text
 from .methods import METHODS
@@ -26,6 +27,9 @@ class CompareSettings:
     methods: dict = setting({}, "NAME: {method: M, SETTING: [values to try]}; the best on validation is reported")
     sweeps: dict = setting({}, "the same, but every combination is reported")
     valid_questions: int = setting(0, "validation questions of each role that a trial is asked, evenly spread (0: all)")
+    valid_neighbours: tuple[str, ...] = setting(
+        (), "which of the train YAML's valid_retain files ask about neighbours: a group of their own, as in the test"
+    )
     sweep_questions: int = setting(
         0, "test questions of each role that a run of a sweep is asked, evenly spread (0: all); no reverse prompts"
     )
@@ -80,8 +84,11 @@ def names_to_run(settings: CompareSettings) -> list[str]:
     """The names of all grids, or those of --only.
 
     Raises:
-        ConfigError: one name for two grids, or one in --only that there is not.
+        ConfigError: a name that is a number, one name for two grids, or one in --only that there is not.
     """
+    for name in (*settings.methods, *settings.sweeps):
+        if not isinstance(name, str):
+            raise ConfigError(f"methods and sweeps: expected names, found {name!r}; put it in quotes")
     if both := settings.methods.keys() & settings.sweeps.keys():
         raise ConfigError(f"methods and sweeps: {min(both)} names a grid in each; choose another name for one")
     names = [*settings.methods, *settings.sweeps]
@@ -95,7 +102,7 @@ def grid_of(settings: CompareSettings, name: str, grid: Any) -> Grid:
     """Every combination of the lists of one name; the first of them with --quick, whose settings go before the lists.
 
     Raises:
-        ConfigError: no mapping, an unknown method, or an empty list.
+        ConfigError: no mapping, an unknown method, an empty list, or one value twice in a list.
     """
     if grid is None:
         grid = {}
@@ -104,8 +111,14 @@ def grid_of(settings: CompareSettings, name: str, grid: Any) -> Grid:
     lists = {key: value if isinstance(value, list) else [value] for key, value in grid.items() if key != "method"}
     if empty := [key for key, values in lists.items() if not values]:
         raise ConfigError(f"methods {name}: {empty[0]}: an empty list; name one value at least")
+    if twice := [(key, value) for key, values in lists.items() for value in values if values.count(value) > 1]:
+        raise ConfigError(f"methods {name}: {twice[0][0]}: {twice[0][1]!r} stands there twice; it is one trial")
     method = grid.get("method", name)
+    if not isinstance(method, str):
+        raise ConfigError(f"methods {name}: method: expected a name, found {method!r}; each has an entry of its own")
     if method == CONTEXT:
+        if lists:
+            raise ConfigError(f"methods {name}: {min(lists)}: {CONTEXT} trains nothing; its context is --evaluate's")
         return Grid(method, [], [])
     if method not in METHODS:
         known = [*METHODS, CONTEXT]
@@ -128,8 +141,6 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
     Raises:
         ConfigError: an unknown setting, or what `duet_mlx.train` refuses.
     """
-    import yaml
-
     shared = read_yaml(settings.train)
     config = {**shared, "method": method}
     known = {field.name for field in fields(TrainSettings)}
@@ -146,8 +157,7 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
     apart = {key: values[key] for key in varied}
     folder = folder_of(settings, name) / _file_name(",".join(f"{key}={value}" for key, value in apart.items()))
     config["adapter_path"] = str(folder / "adapters")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    _write_config(folder, config)
     try:
         parsed = parse_settings("python -m duet_mlx.train", "Train.", ["-c", str(folder / "config.yaml")])
     except ConfigError as error:
@@ -167,8 +177,16 @@ def _number(value: Any) -> Any:
         return value
 
 
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
 def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.=,+ -]", "_", text) or "run"
+    name = re.sub(r"[^\w.=,+ -]", "_", text) or "run"
+    return name if len(name.encode()) < 200 else f"{name[:40]}-{digest(text)[:12]}"  # lists of files; most are ASCII
 
 
 def same_budget(counts: dict[str, int]) -> None:
@@ -181,7 +199,8 @@ def same_budget(counts: dict[str, int]) -> None:
 def other_seed(trial: Trial, k: int) -> Trial:
     """The same run with the k-th next seed."""
     seed, folder = trial.settings.seed + k, trial.folder / f"seed={trial.settings.seed + k}"
-    folder.mkdir(exist_ok=True)
+    config = {**read_yaml(str(trial.folder / "config.yaml")), "seed": seed, "adapter_path": str(folder / "adapters")}
+    _write_config(folder, config)
     return trial._replace(
-        folder=folder, settings=replace(trial.settings, seed=seed, adapter_path=str(folder / "adapters"))
+        folder=folder, settings=replace(trial.settings, seed=seed, adapter_path=config["adapter_path"])
     )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .benchmark_run import describe, load_benchmarks
 from .compare_grid import Trial
 from .data import file_hash
 from .errors import DivergedError, note
@@ -37,10 +38,11 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     s = trial.settings
     files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
     done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
-    record = json_of(trial.folder / "run.json")
-    if not _says(record, done):
+    file = trial.folder / "run.json"
+    record = json_of(file)
+    if not _is_whole(file, record, done):
         record = _same_run(trial, done) or record
-    if _says(record, done):
+    if _is_whole(file, record, done):
         return record.get("failed", "")
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
     _lend_targets(trial)
@@ -66,9 +68,22 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     return failed
 
 
-def _says(record: dict[str, Any], done: dict[str, Any]) -> bool:
-    """Whether a run.json is of a run of these settings and files that came to an end."""
-    return {key: record.get(key) for key in done} == done and "seconds" in record
+def _is_whole(file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
+    """Whether a run.json is of a run of these settings and files that came to an end, and what it left is there.
+
+    Of a model that is newer nothing is taken for granted: `train_once` looks at the weights.
+    """
+    from .once import saved_config
+
+    says = {key: record.get(key) for key in done} == done and "seconds" in record
+    there = "failed" in record or saved_config(file.parent / "adapters") is not None
+    return says and there and not newer(record["settings"]["model"], file)
+
+
+def newer(model: str, file: Path) -> bool:
+    """Whether a model on this machine was written after a file; one on the hub is not looked at."""
+    path = Path(model).expanduser()
+    return any(part.stat().st_mtime > file.stat().st_mtime for part in (path, *path.glob("*")) if part.is_file())
 
 
 def _same_run(trial: Trial, done: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def _same_run(trial: Trial, done: dict[str, Any]) -> dict[str, Any]:
     for file in _newest_first(_runs(trial).glob("**/run.json")):
         record = {**json_of(file), "same_as": str(file.parent)}
         adapter = file.parent / "adapters"
-        if not _says(record, done) or not ("failed" in record or saved_config(adapter)):
+        if not _is_whole(file, record, done):
             continue
         note(f"{trial.folder}: a copy of {file.parent}, which is the same run")
         if "failed" not in record:
@@ -150,9 +165,12 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
     out = trial.folder / name
     settings = replace(settings, adapter_path=str(adapter), out=str(out), overwrite=True)
     results, file = json_of(out / "results.json"), out / "results.json"
-    if results and file.stat().st_mtime > (adapter / "adapters.safetensors").stat().st_mtime:
-        files = {path: digest for group in results["meta"]["data"].values() for path, digest in group.items()}
-        same = results["meta"]["settings"] == json.loads(json.dumps(asdict(settings)))
+    made_of = (adapter / "adapters.safetensors", settings.model, settings.retrained)
+    if results and not any(newer(str(made), file) for made in made_of if made):
+        meta = results["meta"]
+        files = {path: digest for group in meta["data"].values() for path, digest in group.items()}
+        benchmarks = describe(load_benchmarks(settings.benchmark, settings.benchmark_questions))
+        same = meta["settings"] == json.loads(json.dumps(asdict(settings))) and meta["benchmarks"] == benchmarks
         if same and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items()):
             return results["rows"]
     _lend_answers(trial, out)

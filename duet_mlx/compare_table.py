@@ -25,7 +25,8 @@ WHOLE = {"model_utility": "model utility ↑", "forget_quality": "forget quality
 OF_A_GROUP = ("accuracy", "knowmem", "verbmem")
 ALWAYS_THERE = {group for _, group, _ in COLUMNS}
 LEGEND = (
-    "Forget questions: recall of the base's own answer; neighbours and general: F1 with it; [95 % bootstrap interval]. "
+    "Forget questions: ROUGE-L recall of the base's own answer; neighbours and general: ROUGE-L F1 with it, no stemmer "
+    "in either; [95 % bootstrap interval]. "
     "Shift: points of recall lost on forget questions, plus points of F1 gained on the others. "
     "Front: ● where no other row forgets as much, reverse prompts included, and keeps as much, and more of one."
 )
@@ -78,7 +79,8 @@ def points_of(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 
 def front(points: dict[str, tuple[float, float]]) -> set[str]:
-    """The models that no other beats on both: forgetting and what is kept."""
+    """The models that no other beats on both: forgetting and what is kept. What never knew is no way to unlearn."""
+    points = {model: point for model, point in points.items() if model != RETRAINED}
     return {
         model
         for model, (x, y) in points.items()

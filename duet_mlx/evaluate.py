@@ -84,7 +84,7 @@ def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any
             --out; ModelError also for a model whose logits are not finite.  TrainingError: no room to write.
         KeyboardInterrupt: with a line that says how to go on.
     """
-    _check(settings)
+    check_settings(settings)
     prompts = reverse_prompts(settings.reverse_prompts)
     groups = groups_of(settings)
     benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
@@ -93,7 +93,7 @@ def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any
     behind = spread(forget, min(settings.reverse_questions, len(forget)), "--reverse-questions")
     for number, (place, prompt) in enumerate(prompts, 1):
         asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
-    contexts = _contexts(settings, forget + groups.get(TRAINED, []))
+    contexts = contexts_of(settings, forget + groups.get(TRAINED, []))
     beside, metas = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, f"--out {settings.out}")
@@ -133,7 +133,7 @@ def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any
 # --- what is asked ------------------------------------------------------------------------------------------
 
 
-def _check(settings: EvaluateSettings) -> None:
+def check_settings(settings: EvaluateSettings) -> None:
     """Raise for what can be seen to be wrong before anything is read."""
     require(settings, "model", "out")
     if not settings.benchmark:
@@ -161,7 +161,7 @@ def _check(settings: EvaluateSettings) -> None:
         raise ModelError(f"--adapter-path {adapter}: no adapter_config.json in it")
 
 
-def _contexts(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:
+def contexts_of(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:
     """The contexts of --context, or the one that --context-name picks; [] without."""
     if settings.context is None:
         return []

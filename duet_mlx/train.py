@@ -68,7 +68,7 @@ def read_questions(settings: TrainSettings) -> tuple[list[Query], list[Query], l
     forget = spread(forget, settings.forget_questions, "--forget-questions")
     kept = spread(retain, settings.retain_questions, "--retain-questions")
     kept = kept + spread(neighbours, settings.neighbour_questions, "--neighbour-questions")
-    check_answers(forget + kept + valid, settings)
+    check_answers(forget + kept + (valid if settings.steps_per_eval else []), settings)
     # Trained on answers, a method reads no context.
     taught = METHODS[settings.method].labels == "teacher"
     contexts = load_contexts(settings.context, settings.topic) if taught else []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from duet_mlx.compare import asked_of_sweeps, check_inputs, choose, evaluation_of
+from duet_mlx.compare import asked_of_sweeps, check_inputs, choose, evaluation_of, validation_of
 from duet_mlx.compare_grid import CompareSettings, all_trials
-from duet_mlx.compare_runs import _copy
+from duet_mlx.compare_runs import _copy, newer
 from duet_mlx.evaluate import EvaluateSettings
 from duet_mlx.files import only_run_in
 from duet_mlx.groups import groups_of
@@ -154,7 +156,8 @@ def test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter(
 
 def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, monkeypatch):
     """Runs and evaluations are told here: what is tried is the choice."""
-    settings = parse(CompareSettings, "compare", "Compare.", ["-c", str(comparison({"npo": {"beta": [1, 2, 3, 4]}}))])
+    config = comparison({"npo": {"beta": [1, 2, 3, 4]}}, valid_questions=3)
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", str(config)])
     grids, _ = all_trials(settings)
     recall = {1: 0.5, 2: 0.2, 3: 0.2, 4: 0.9}
 
@@ -167,10 +170,53 @@ def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, mo
 
     monkeypatch.setattr("duet_mlx.compare.run", lambda trial, _: "diverged" if trial.values["beta"] == 4 else "")
     monkeypatch.setattr("duet_mlx.compare.evaluated", told)
-    [chosen], [failed], tried = choose(grids, EvaluateSettings(), {}, questions=3)
+    [chosen], [failed], tried = choose(settings, grids, EvaluateSettings(), {})
     assert asked == [(1, 1)] * 3  # there is but one of each
     assert chosen.values == {"beta": 2} and failed["values"] == {"beta": 4}
     assert [round(value) for value in tried["npo"].values()] == [50, 80, 80]
+
+
+def test_validation_has_the_groups_of_the_test(comparison, tmp_path):
+    """Else what is kept would weigh less in the choice than in the table."""
+    config = comparison({"npo": TRIED}, valid_questions=3)
+    train = yaml.safe_load((tmp_path / "train.yaml").read_text())
+    general = train["valid_retain"]
+    near = str(write_questions(tmp_path / "near.jsonl", [f"Who owns broom {i}?" for i in range(4)]))
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**train, "valid_retain": [general, near]}))
+    flags = ["-c", str(config), "--valid-neighbours", near]
+    settings = parse(CompareSettings, "compare", "Compare.", flags)
+    trial = all_trials(settings)[0]["npo"][0]
+    groups = groups_of(validation_of(settings, trial.settings, EvaluateSettings()))
+    assert {name: len(queries) for name, queries in groups.items()} == {"forget": 1, "general": 1, "neighbours": 3}
+
+
+def test_an_evaluation_that_is_older_than_the_model_is_made_again(comparison, monkeypatch, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    weights, file = model / "model.safetensors", tmp_path / "results.json"
+    for path, time in ((weights, 1), (file, 2)):
+        path.write_text("{}")
+        os.utime(path, (time, time))
+    assert not newer(str(model), file) and not newer("hub/model", file)
+    os.utime(weights, (3, 3))
+    assert newer(str(model), file) and newer(str(weights), file)
+
+
+def test_a_run_whose_adapter_is_gone_is_made_again(command, comparison, tmp_path):
+    config = comparison({"duet": None})
+    assert command("compare", "-c", config).code == 0
+    adapter = tmp_path / "out" / "runs" / "duet" / "run" / "adapters" / "adapters.safetensors"
+    before = adapter.read_bytes()
+    shutil.rmtree(adapter.parent)
+    ended = command("compare", "-c", config)
+    assert ended.code == 0 and "== duet" in ended.out and adapter.read_bytes() == before, ended.err
+
+
+def test_a_name_of_many_files_is_cut_and_still_that_of_one_run_alone(comparison, tmp_path):
+    near = [str(write_questions(tmp_path / f"{'near' * 20}{i}.jsonl", ["Who owns broom 7?"])) for i in range(3)]
+    config = comparison({"npo": None}, sweeps={"near": {"method": "duet", "neighbours": [near[:2], near[1:], near]}})
+    _, sweeps = all_trials(parse(CompareSettings, "compare", "Compare.", ["-c", str(config)]))
+    assert len({trial.folder for trial in sweeps["near"]}) == 3 and all(t.folder.is_dir() for t in sweeps["near"])
 
 
 def test_a_run_can_be_repeated_by_its_own_config_to_the_same_bytes(command, comparison, tmp_path):
@@ -330,6 +376,13 @@ BAD = {
     "more questions than there are": ({"duet": {"forget_questions": [2, 7]}}, {}, ("--forget-questions 7", "hold 6")),
     "a group without a file": ({"duet": None}, {"also": ["mine"]}, ("--also 'mine'", "GROUP=")),
     "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("--max-tokns=4",)),
+    "a layer that is not there": ({"rmu": {"layer": 99, "num_layers": 2}}, {}, ("methods rmu", "99", "expected 0 to 0")),
+    "several methods": ({"all": {"method": ["duet", "npo"]}}, {}, ("methods all", "['duet', 'npo']")),
+    "a number for a name": ({8: {"method": "duet"}}, {}, ("found 8", "quotes")),
+    "one value twice": ({"npo": {"beta": [0.5, 1.0, 0.5]}}, {}, ("methods npo", "0.5 stands there twice")),
+    "settings of context": ({"context": {"topic": "owls"}, "duet": None}, {}, ("methods context", "topic")),
+    "nothing to choose by": ({"npo": {**TRIED, "valid_retain": [[]]}}, {}, ("methods npo", "names no valid_retain")),
+    "other neighbours": ({"npo": TRIED}, {"valid_neighbours": ["other.jsonl"]}, ("--valid-neighbours other.jsonl",)),
     "no seed": ({"duet": None}, {"seeds": 0}, ("--seeds 0", "1 or more")),
     "a sweep of fewer than none": ({"duet": None}, {"sweep_questions": -1}, ("--sweep-questions -1", "0 or more")),
     "fewer than no questions": ({"duet": None}, {"valid_questions": -1}, ("--valid-questions -1", "0 or more")),
@@ -343,12 +396,23 @@ def test_what_is_wrong_with_any_run_is_said_before_the_first(refused, comparison
     assert not list(tmp_path.rglob("adapters.safetensors"))
 
 
-def test_in_context_unlearning_needs_a_context_in_the_evaluation(refused, comparison, tmp_path):
-    config = comparison({"context": None})
+EVALUATIONS = {
+    "no context": ({"context": None}, ("evaluate.yaml", "no context", "in-context")),
+    "no such context": ({"context": "refuse-al"}, ("refuse-al",)),
+    "no room": ({"max_tokens": 0}, ("--max-tokens 0",)),
+    "nothing beside": ({"beside": ["mine=none.json"]}, ("none.json",)),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATIONS)
+def test_what_is_wrong_with_the_evaluation_is_said_before_the_first_run(refused, comparison, tmp_path, case):
+    more, says = EVALUATIONS[case]
+    config = comparison({"duet": None, "icu": {"method": "context"}})
     test = yaml.safe_load((tmp_path / "evaluate.yaml").read_text())
-    del test["context"]
+    test = {key: value for key, value in {**test, **more}.items() if value is not None}
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(test))
-    refused("compare", "-c", config, says=("evaluate.yaml", "no context", "in-context"))
+    refused("compare", "-c", config, says=says)
+    assert not list(tmp_path.rglob("adapters.safetensors"))
 
 
 @pytest.mark.parametrize("key", ["model", "forget"])
@@ -359,12 +423,14 @@ def test_what_makes_a_missing_file_is_said(refused, comparison, tmp_path, key):
     refused("compare", "-c", config, says=("one.gguf: no such file; `make tofu` makes it",))
 
 
-@pytest.mark.parametrize(("name", "runs"), [("config", 86), ("tofu", 48)])
+@pytest.mark.parametrize(("name", "runs"), [("config", 96), ("tofu", 48)])
 def test_the_examples_grids_are_accepted_and_each_method_has_as_many_trials(tmp_path, monkeypatch, name, runs):
     monkeypatch.chdir(ROOT)
     settings = parse(CompareSettings, "compare", "Compare.", ["-c", f"examples/compare/{name}.yaml"])
     grids, sweeps = all_trials(replace(settings, out=str(tmp_path)))
-    assert {trial.settings.method for trials in grids.values() for trial in trials} == set(METHODS)
+    compared = {trial.settings.method for trials in grids.values() for trial in trials}
+    assert compared == {"duet", "ga", "graddiff", "npo", "simnpo", "idkdpo", "flat", "refusal", "undial", "rmu", "kl"}
+    assert compared <= set(METHODS)  # a new method may wait until it is worth an hour
     assert {len(trials) for name, trials in grids.items() if name != "context"} == {4}
     trials = [trial for part in (grids, sweeps) for trials in part.values() for trial in trials]
     assert len({trial.folder for trial in trials}) == len(trials) == runs
@@ -380,8 +446,9 @@ def test_the_examples_questions_are_there_and_as_many_as_its_sweeps_ask_for(tmp_
     grids, sweeps = all_trials(replace(settings, out=str(tmp_path)))
     trials = [trial for trials in (*grids.values(), *sweeps.values()) for trial in trials]
     check_inputs(settings, trials, evaluation_of(settings))
-    # The values of train.yaml, which stand in nine sweeps, are those of one run; `context` has a topic besides.
-    assert len({json.dumps(essence(asdict(trial.settings))) for trial in trials}) == len(trials) - 10
+    # The values of train.yaml, which stand in nine sweeps, are those of one run; `context` has a topic besides. Of the
+    # sweeps of retain losses three runs are trials of their methods too.
+    assert len({json.dumps(essence(asdict(trial.settings))) for trial in trials}) == len(trials) - 13
     asked = groups_of(asked_of_sweeps(evaluation_of(settings), settings.sweep_questions))
     assert {len(asked[group]) for group in ("forget", "general", "neighbours")} == {60}
 

@@ -686,9 +686,16 @@ BACKEND = (
     Mutant(
         "duet_mlx/compare_runs.py",
         "a run whose adapter is gone is copied",
-        "or saved_config(adapter))",
-        "or True)",
+        'saved_config(file.parent / "adapters") is not None',
+        "True",
         "tests/cli/test_compare.py::test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter",
+    ),
+    Mutant(
+        "duet_mlx/compare.py",
+        "what is kept of neighbours has no weight in the choice",
+        '"neighbours": neighbours}',
+        '"neighbours": []}',
+        "tests/cli/test_compare.py::test_validation_has_the_groups_of_the_test",
     ),
     Mutant(
         "duet_mlx/generate.py",
