@@ -376,7 +376,7 @@ BAD = {
     "more questions than there are": ({"duet": {"forget_questions": [2, 7]}}, {}, ("--forget-questions 7", "hold 6")),
     "a group without a file": ({"duet": None}, {"also": ["mine"]}, ("--also 'mine'", "GROUP=")),
     "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("--max-tokns=4",)),
-    "a layer that is not there": ({"rmu": {"layer": 99, "num_layers": 2}}, {}, ("methods rmu", "99", "expected 0 to 0")),
+    "a layer that is not there": ({"rmu": {"layer": 99, "num_layers": 2}}, {}, ("methods rmu", "expected 0 to 0")),
     "several methods": ({"all": {"method": ["duet", "npo"]}}, {}, ("methods all", "['duet', 'npo']")),
     "a number for a name": ({8: {"method": "duet"}}, {}, ("found 8", "quotes")),
     "one value twice": ({"npo": {"beta": [0.5, 1.0, 0.5]}}, {}, ("methods npo", "0.5 stands there twice")),
