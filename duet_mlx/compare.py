@@ -26,7 +26,7 @@ from .data import load_queries
 from .errors import ConfigError, DataError, ModelError, TrainingError, note, run_cli
 from .evaluate import UNLEARNED, EvaluateSettings, check_settings, contexts_of
 from .files import make_folder, only_run_in, write_text
-from .groups import groups_of, reverse_prompts
+from .groups import GROUPS, groups_of, reverse_prompts
 from .metrics import FORGET, TRAINED
 from .report import load_beside
 from .settings import parse, require
@@ -231,8 +231,8 @@ def validation_of(settings: CompareSettings, s: TrainSettings, test: EvaluateSet
     neighbours = [file for file in s.valid_retain if file in settings.valid_neighbours]
     retain = [file for file in s.valid_retain if file not in settings.valid_neighbours]
     files = {"forget": s.valid_forget, "retain": retain, "neighbours": neighbours}
-    roles = {"forget": "forget", "retain": "retain", "neighbours": "neighbour"}
-    counts = {f"{role}_questions": at_most(settings.valid_questions, files[key], role) for key, role in roles.items()}
+    roles = {flag: GROUPS[flag][1] for flag in files}
+    counts = {f"{role}_questions": at_most(settings.valid_questions, files[flag], role) for flag, role in roles.items()}
     return only(test, model=s.model, **files, **counts)
 
 

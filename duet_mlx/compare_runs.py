@@ -75,9 +75,12 @@ def _is_whole(file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
     """
     from .once import saved_config
 
-    says = {key: record.get(key) for key in done} == done and "seconds" in record
-    there = "failed" in record or saved_config(file.parent / "adapters") is not None
-    return says and there and not newer(record["settings"]["model"], file)
+    return (
+        {key: record.get(key) for key in done} == done
+        and "seconds" in record
+        and ("failed" in record or saved_config(file.parent / "adapters") is not None)
+        and not newer(record["settings"]["model"], file)
+    )
 
 
 def newer(model: str, file: Path) -> bool:
@@ -169,9 +172,11 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
     if results and not any(newer(str(made), file) for made in made_of if made):
         meta = results["meta"]
         files = {path: digest for group in meta["data"].values() for path, digest in group.items()}
-        benchmarks = describe(load_benchmarks(settings.benchmark, settings.benchmark_questions))
-        same = meta["settings"] == json.loads(json.dumps(asdict(settings))) and meta["benchmarks"] == benchmarks
-        if same and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items()):
+        if (
+            meta["settings"] == json.loads(json.dumps(asdict(settings)))
+            and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items())
+            and meta["benchmarks"] == describe(load_benchmarks(settings.benchmark, settings.benchmark_questions))
+        ):
             return results["rows"]
     _lend_answers(trial, out)
     return evaluate(settings, pictures=False)["rows"]  # a hundred runs: the comparison's own is looked at

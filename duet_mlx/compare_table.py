@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
+from .measures import ARROWS, BY_KEY
 from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 from .report_table import cell
 
@@ -152,17 +153,13 @@ def own_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     own = [group for group, metric in there if metric == "recall" and group not in ALWAYS_THERE]
     return [
         *((WHOLE[metric], group, metric) for group, metric in there if metric in WHOLE),
-        *((_headed(group), group, metric) for group, metric in there if metric in OF_A_GROUP),
-        *(
-            (_headed(group), group, "recall" if group.startswith(FORGET) else "f1")
-            for group in own
-            if ", reverse" not in group
-        ),
+        *(_headed(group, metric) for group, metric in there if metric in OF_A_GROUP),
+        *(_headed(group, "recall" if group.startswith(FORGET) else "f1") for group in own if ", reverse" not in group),
     ]
 
 
-def _headed(group: str) -> str:
-    return f"{group} {'↓' if group.startswith(FORGET) else '↑'}"
+def _headed(group: str, metric: str) -> tuple[str, str, str]:
+    return f"{group} {ARROWS[BY_KEY[metric].direction(group)]}", group, metric
 
 
 def seeds_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Result]) -> list[str]:

@@ -190,7 +190,7 @@ def test_validation_has_the_groups_of_the_test(comparison, tmp_path):
     assert {name: len(queries) for name, queries in groups.items()} == {"forget": 1, "general": 1, "neighbours": 3}
 
 
-def test_an_evaluation_that_is_older_than_the_model_is_made_again(comparison, monkeypatch, tmp_path):
+def test_an_evaluation_that_is_older_than_the_model_is_made_again(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     weights, file = model / "model.safetensors", tmp_path / "results.json"
