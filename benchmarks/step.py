@@ -37,7 +37,8 @@ def training_step(bench: Bench) -> Iterator[Row]:
     prompts = [render(tokenizer, query.question) for query in queries]
     behind = [render(tokenizer, query.question, context) for query in queries]
     teacher, *_ = load_model(bench.model_name)
-    teacher.update(model.parameters())  # one set of weights for both: kinder than a user's second model
+    if not on_gpu():  # a compiled step takes no array both as its state and from outside
+        teacher.update(model.parameters())  # one set of weights for both: kinder than a user's second model
 
     keys = lora_keys(model)
     lora = {**settings.lora_parameters, "keys": keys}
