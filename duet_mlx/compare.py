@@ -176,12 +176,12 @@ def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: Evalu
 
 
 def check_methods(trials: Sequence[Trial]) -> None:
-    """Raise ConfigError for a method, or LoRA, that the model of these trials does not allow."""
+    """Raise ConfigError or ModelError for a method, or LoRA, that the model of these trials does not allow."""
     import mlx.core as mx
 
     from .head import check_head
     from .labels import check_method
-    from .model import check_lora, load_model, lora_keys
+    from .model import check_lora, load_model, lora_keys, outside_layers
 
     model, _, _ = load_model(trials[0].settings.model, trust_remote_code=trials[0].settings.trust_remote_code)
     head, _ = check_head(model, mx.array([[0]]))
@@ -189,10 +189,10 @@ def check_methods(trials: Sequence[Trial]) -> None:
         s = trial.settings
         try:
             check_lora(model, s.num_layers, s.lora_parameters["rank"])
-            lora_keys(model, s.lora_parameters["keys"])
-            check_method(s, model, head)
-        except ConfigError as error:
-            raise ConfigError(f"methods {trial.name} {trial.values or ''}: {error}") from error
+            keys = lora_keys(model, s.lora_parameters["keys"])
+            check_method(s, model, None if outside_layers(model, keys) else head)
+        except (ConfigError, ModelError) as error:
+            raise type(error)(f"methods {trial.name} {trial.values or ''}: {error}") from error
 
 
 # --- which is best, and what it says ---------------------------------------------------------------------

@@ -254,6 +254,11 @@ def lora_keys(model: nn.Module, wanted: Sequence[str] | None = None) -> list[str
     return list(wanted)
 
 
+def outside_layers(model: nn.Module, keys: Sequence[str]) -> list[str]:
+    """Those of LoRA's `keys` that are in no layer: embedding or head, whose rows can then not be gathered."""
+    return [key for key in keys if not any(key in dict(layer.named_modules()) for layer in model.layers)]
+
+
 def check_lora(model: nn.Module, num_layers: int, rank: int) -> None:
     """Raise ModelError for more layers than there are, or a rank beyond what any matrix of them can have."""
     if num_layers > len(model.layers) or num_layers < -1 or num_layers == 0:

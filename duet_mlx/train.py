@@ -99,7 +99,7 @@ def _read(
 
     from .generate import can_branch, takes_row_masks
     from .head import check_head
-    from .model import check_lora, load_model, lora_keys, on_gpu, window
+    from .model import check_lora, load_model, lora_keys, on_gpu, outside_layers, window
 
     make_optimizer(settings)  # a schedule that cannot be built is better known before the teacher is read
     mx.random.seed(settings.seed)
@@ -114,8 +114,7 @@ def _read(
         described = manifest(model, tokenizer, queries, contexts, settings, asked_of(queries, settings))
         going_on(settings.resume_adapter_file, adapter_config(settings, folder, described, keys, layers))
     head, reason = check_head(model, mx.array([render(tokenizer, queries[0].question)]))
-    adapted_head = [key for key in keys if not any(key in dict(layer.named_modules()) for layer in model.layers)]
-    if adapted_head:
+    if adapted_head := outside_layers(model, keys):
         head, reason = None, f"LoRA is asked for on {', '.join(adapted_head)}"
     if head is None:
         print(f"note: full head instead of K rows ({reason})")

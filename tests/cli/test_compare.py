@@ -377,6 +377,8 @@ BAD = {
     "a group without a file": ({"duet": None}, {"also": ["mine"]}, ("--also 'mine'", "GROUP=")),
     "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("--max-tokns=4",)),
     "a layer that is not there": ({"rmu": {"layer": 99, "num_layers": 2}}, {}, ("methods rmu", "expected 0 to 0")),
+    "a rank that cannot be": ({"npo": {"lora_parameters": {"rank": 9999}}}, {}, ("methods npo", "rank: 9999")),
+    "LoRA on the head": ({"kl": {"lora_parameters": {"keys": ["model.embed_tokens"]}}}, {}, ("methods kl", "all logits")),
     "several methods": ({"all": {"method": ["duet", "npo"]}}, {}, ("methods all", "['duet', 'npo']")),
     "a number for a name": ({8: {"method": "duet"}}, {}, ("found 8", "quotes")),
     "one value twice": ({"npo": {"beta": [0.5, 1.0, 0.5]}}, {}, ("methods npo", "0.5 stands there twice")),
