@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .data import file_hash
-from .files import write_files
+from .files import as_json, write_files
 
 if TYPE_CHECKING:
     from .train_settings import TrainSettings
@@ -84,7 +84,7 @@ class Checkpoint:
         # Sorted: MLX writes in an order that hangs on the dictionary's, and a state that was loaded has another one.
         optimizer = {**dict(sorted(now.optimizer.items())), "random_state": now.random}
         described = {"step": str(now.step), "adapter": arrays_hash(now.adapter)}
-        config = json.dumps({**self.config, "step": now.step}, indent=2) + "\n"
+        config = json.dumps({**as_json(self.config), "step": now.step}, indent=2) + "\n"
         adapters = [f"{now.step:07d}_adapters.safetensors"] * copy + ["adapters.safetensors"]
         write_files(
             self.path,

@@ -18,18 +18,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .benchmark_run import load_benchmarks
 from .compare_grid import CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
 from .compare_runs import evaluated, json_of, reads, run
 from .compare_table import Result, points_of, report_of, rows_of, shift
-from .data import load_queries
-from .errors import ConfigError, DataError, ModelError, TrainingError, note, run_cli
-from .evaluate import UNLEARNED, EvaluateSettings, check_settings, contexts_of
-from .files import make_folder, only_run_in, write_text
-from .groups import GROUPS, groups_of, reverse_prompts
+from .data import file_hash, load_queries
+from .errors import ConfigError, DataError, DuetError, ModelError, TrainingError, note, run_cli
+from .evaluate import UNLEARNED, EvaluateSettings, check_questions, check_settings
+from .files import as_json, make_folder, new_name, only_run_in, write_text
+from .groups import GROUPS, groups_of
+from .methods import METHODS
 from .metrics import FORGET, TRAINED
 from .report import load_beside
-from .settings import parse, require
+from .settings import parse, read_yaml, require
 from .train import read_questions
 
 if TYPE_CHECKING:
@@ -62,9 +62,8 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
         if getattr(settings, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
     if settings.quick:
-        settings = replace(
-            settings, out=settings.out.rstrip("/") + "-quick", sweeps={}, seeds=1, trained=False, also=()
-        )
+        whole = settings.out if Path(settings.out).name.strip(".") else str(Path(settings.out).resolve())
+        settings = replace(settings, out=whole.rstrip("/") + "-quick", sweeps={}, seeds=1, trained=False, also=())
     with ExitStack() as held:
         for name in names_to_run(settings):
             folder = folder_of(settings, name)
@@ -85,9 +84,16 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     if settings.trained:  # what `asked` asks instead
         test = replace(test, trained=())
     check_validation(settings, grids)
-    check_inputs(settings, trials, test)
-    for model in {trial.settings.model for trial in trials}:
-        check_methods([trial for trial in trials if trial.settings.model == model])
+    test = check_inputs(settings, trials, test)
+    base = check_methods(trials)
+    chosen_by = {f for s in (t.settings for t in trials) for f in (*s.valid_forget, *s.valid_retain)}
+    asked_in_both = {*map(file_hash, chosen_by)} & {*map(file_hash, (*test.forget, *test.retain, *test.neighbours))}
+    if asked_in_both and any(chosen_from(settings, of) for of in grids.values()):
+        note("note: the best settings are chosen by questions of the test: valid_forget or valid_retain name its files")
+    grids, swept = (
+        {name: [trial._replace(base=base) for trial in trials] for name, trials in part.items()}
+        for part in (grids, swept)
+    )
     of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
     earlier: LowerStates = {}
     chosen, failed, tried = choose(settings, grids, test, earlier)
@@ -103,7 +109,7 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
 
     again: list[Trial] = []
     if settings.seeds > 1 and not settings.only:
-        ranked = sorted(chosen, key=lambda trial: -tried[trial.name][tuple(trial.values.items())])
+        ranked = sorted(chosen, key=lambda trial: -max(found for _, found in tried[trial.name]))
         again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
     shown = report(chosen, lambda trial: asked(trial, test, settings.trained))
     ablations = [trial for trials in swept.values() for trial in trials]
@@ -126,10 +132,10 @@ def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
     Raises:
         ConfigError: what `duet_mlx.evaluate` refuses.
     """
-    quick = settings.quick_evaluate.items() if settings.quick else ()
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in quick]
-    argv = ["-c", settings.evaluate, *flags]
-    test = parse(EvaluateSettings, "python -m duet_mlx.evaluate", "Evaluate.", argv)
+    read_yaml(settings.evaluate, "--evaluate")
+    over = settings.quick_evaluate if settings.quick else {}
+    argv = ["-c", settings.evaluate]
+    test = parse(EvaluateSettings, "python -m duet_mlx.evaluate", "Evaluate.", argv, None, over, "quick_evaluate")
     return replace(test, also=(*test.also, *settings.also), trained=() if settings.quick else test.trained)
 
 
@@ -151,48 +157,73 @@ def chosen_from(settings: CompareSettings, trials: Sequence[Trial]) -> bool:
     return len(trials) > 1 or settings.seeds > 1
 
 
-def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> None:
+def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> EvaluateSettings:
     """Read the questions of all trials, and those of the test, once; see that the base is there, and fits them.
+
+    Returns:
+        The test, of the model that is trained.
 
     Raises:
         DuetError: what is wrong with them, and what makes them if --made-by says so.
     """
     from .model import resolve_model
 
-    check_settings(replace(test, model=test.model or trials[0].settings.model, out=settings.out, overwrite=True))
+    models = {trial.settings.model: trial.name for trial in trials}
+    check_settings(replace(test, model=trials[0].settings.model, out=settings.out, overwrite=True))
     hint = f"; `{settings.made_by}` makes it" if settings.made_by else ""
     try:
         for each in {str(reads(trial.settings)): trial.settings for trial in trials}.values():
             read_questions(each)
-        groups = groups_of(test)
-        contexts_of(test, groups.get(FORGET, []))
         load_beside(test.beside, ())
-        reverse_prompts(test.reverse_prompts)
-        load_benchmarks(test.benchmark, test.benchmark_questions)
-        for model in {*(trial.settings.model for trial in trials), *filter(None, [test.retrained])}:
+        for model in (*models, *filter(None, [test.retrained])):
             resolve_model(model)
+        if test.model:
+            models.setdefault(test.model, f"--evaluate {settings.evaluate}")
+        if len(models) > 1:
+            listed = ", ".join(f"{model} ({name})" for model, name in models.items())
+            raise ConfigError(f"model: {listed}: a comparison has one base; compare others in another --out")
+        test = replace(test, model=next(iter(models)))
+        check_questions(test)
     except (DataError, ModelError) as error:
         raise type(error)(f"{error}{hint if 'no such' in str(error) else ''}") from error
+    return test
 
 
-def check_methods(trials: Sequence[Trial]) -> None:
-    """Raise ConfigError or ModelError for a method, or LoRA, that the model of these trials does not allow."""
+def check_methods(trials: Sequence[Trial]) -> str:
+    """Ask of each trial what `duet_mlx.train` asks before it trains, of the one model that is loaded; its hash.
+
+    Raises:
+        DuetError: a method, LoRA, schedule, file or length that cannot be; the trial is named.
+    """
     import mlx.core as mx
 
-    from .head import check_head
-    from .labels import check_method
-    from .model import check_lora, load_model, lora_keys, outside_layers
+    from .head import check_head, logits_at
+    from .labels import check_method, refusals_of
+    from .loop import make_optimizer
+    from .model import check_lora, load_model, lora_keys, outside_layers, weights_hash, window
+    from .teacher import check_lengths
 
-    model, _, _ = load_model(trials[0].settings.model, trust_remote_code=trials[0].settings.trust_remote_code)
+    first = trials[0].settings
+    model, tokenizer, folder = load_model(first.model, trust_remote_code=first.trust_remote_code)
     head, _ = check_head(model, mx.array([[0]]))
+    vocabulary, read = logits_at(model, mx.array([[0]]), mx.array([[0]])).shape[-1], set()
     for trial in trials:
         s = trial.settings
         try:
+            make_optimizer(s)
+            refusals_of(s)
+            if METHODS[s.method].frozen == "candidates" and s.top_k > vocabulary:
+                raise ConfigError(f"--top-k {s.top_k}: expected 1 to {vocabulary}, the model's vocabulary")
             check_lora(model, s.num_layers, s.lora_parameters["rank"])
             keys = lora_keys(model, s.lora_parameters["keys"])
             check_method(s, model, None if outside_layers(model, keys) else head)
-        except (ConfigError, ModelError) as error:
-            raise type(error)(f"methods {trial.name} {trial.values or ''}: {error}") from error
+            if (asked := str([reads(s), s.positions, s.answer_tokens, s.max_seq_length, s.retain_context])) not in read:
+                read.add(asked)
+                queries, valid, contexts = read_questions(s)
+                check_lengths(tokenizer, queries + valid, contexts, s, window(folder))
+        except DuetError as error:
+            raise type(error)(f"methods {trial.name}{f' {trial.values}' if trial.values else ''}: {error}") from error
+    return weights_hash(model)
 
 
 # --- which is best, and what it says ---------------------------------------------------------------------
@@ -207,9 +238,9 @@ def choose(
         test: how questions are asked.  earlier: as in `compare_runs.run`.
     """
     chosen, failed = [], []
-    tried: dict[str, dict[tuple, float]] = {}
+    tried: dict[str, list[tuple[dict[str, Any], float]]] = {}
     for name, trials in grids.items():
-        shifts: dict[tuple, float] = {}
+        shifts: list[tuple[Trial, float]] = []
         if not chosen_from(settings, trials):
             chosen += trials  # whether it comes to an end is seen when it is asked the test questions
             continue
@@ -218,11 +249,10 @@ def choose(
                 failed.append({"name": name, "values": trial.values, "reason": reason})
             else:
                 shown = validation_of(settings, trial.settings, test)
-                shifts[tuple(trial.values.items())] = shift(evaluated(trial, shown, "valid"), UNLEARNED)
-        tried[name] = shifts
+                shifts.append((trial, shift(evaluated(trial, shown, "valid"), UNLEARNED) or 0.0))
+        tried[name] = [(trial.values, found) for trial, found in shifts]
         if shifts:
-            best = max(shifts, key=lambda values: shifts[values])  # of equal ones the first
-            chosen.append(next(trial for trial in trials if tuple(trial.values.items()) == best))
+            chosen.append(max(shifts, key=lambda one: one[1])[0])  # of equal ones the first
     return chosen, failed, tried
 
 
@@ -292,11 +322,11 @@ def gather(
     from .picture import picture
 
     rows, ablations = rows_of(shown), rows_of(swept)
-    table = report_of(rows, shown, again, ablations, swept, settings.sweep_questions)
+    table = report_of(rows, shown, again, ablations, swept, settings.sweep_questions, failed)
     results = {
         "meta": {
             "settings": asdict(settings),
-            "tried": {name: [{**dict(k), "shift": v} for k, v in of.items()] for name, of in tried.items()},
+            "tried": {name: [{**values, "shift": found} for values, found in of] for name, of in tried.items()},
             "runs": [{"name": r.name, **r.values, "seed": r.seed, **r.cost} for r in (*shown, *swept, *again)],
         },
         "rows": rows,
@@ -305,19 +335,32 @@ def gather(
         "failed": failed,
     }
     out = Path(settings.out)
-    write_text(out / "table.md", table + "\n")
-    write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     pictures, of_sweeps = ([out / f"{name}.{kind}" for kind in ("png", "svg")] for name in ("results", "ablations"))
+    keep_others(out, settings, [out / "table.md", out / "results.json", *pictures, *of_sweeps])
+    write_text(out / "table.md", table + "\n")
+    write_text(out / "results.json", json.dumps(as_json(results), indent=1, ensure_ascii=False) + "\n")
+    for file in (*pictures, *of_sweeps):  # never an old picture beside new figures
+        file.unlink(missing_ok=True)
     if points_of(rows):
         methods_picture(rows, *pictures)
     elif rows:  # of benchmarks alone
         picture(results, *pictures)
     if swept:
         ablations_picture(swept, *of_sweeps)
-    else:
-        for file in of_sweeps:  # of an earlier comparison
-            file.unlink(missing_ok=True)
     return results
+
+
+def keep_others(out: Path, settings: CompareSettings, files: Sequence[Path]) -> None:
+    """Move the results of a comparison that had other methods or sweeps besides into a folder of their own."""
+    before = json_of(out / "results.json").get("meta", {}).get("settings", {})
+    names = [name for part in ("methods", "sweeps") for name in before.get(part, {})]
+    if gone := [name for name in names if name not in {**settings.methods, **settings.sweeps}]:
+        aside = new_name(out / "results")
+        aside.mkdir()
+        for file in files:
+            if file.exists():
+                file.rename(aside / file.name)
+        note(f"note: {aside} has the results so far, with {gone[0]!r}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 from .data import digest
 from .errors import ConfigError, nearest
+from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
 from .files import write_text
 from .methods import METHODS
 from .settings import read_yaml, setting
 from .train import TrainSettings, parse_settings
 
 CONTEXT = "context"  # in-context unlearning: the base behind the context, nothing to train
+ROWS = (BASE, IN_CONTEXT, UNLEARNED, RETRAINED)  # what no method or sweep may be called
+NOT_FOR_A_GRID = {"adapter_path", "resume_adapter_file", "dry_run", "overwrite"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Trial(NamedTuple):
     values: dict[str, Any]  # what sets it apart from the others of its grid
     folder: Path
     settings: TrainSettings
+    config: dict[str, Any]  # the same as YAML, for config.yaml
+    base: str = ""  # hash of the base's weights
 
 
 class Grid(NamedTuple):
@@ -84,17 +89,22 @@ def names_to_run(settings: CompareSettings) -> list[str]:
     """The names of all grids, or those of --only.
 
     Raises:
-        ConfigError: a name that is a number, one name for two grids, or one in --only that there is not.
+        ConfigError: a name that is a number, that of another row, or of another grid; one in --only that there is not.
     """
     for name in (*settings.methods, *settings.sweeps):
         if not isinstance(name, str):
             raise ConfigError(f"methods and sweeps: expected names, found {name!r}; put it in quotes")
+        if name in ROWS:
+            raise ConfigError(f"methods and sweeps: {name!r} is the name of another row; choose another name")
     if both := settings.methods.keys() & settings.sweeps.keys():
         raise ConfigError(f"methods and sweeps: {min(both)} names a grid in each; choose another name for one")
     names = [*settings.methods, *settings.sweeps]
+    if pair := _alike({name: folder_of(settings, name) for name in names}):
+        raise ConfigError(f"methods and sweeps: {pair[0]!r} and {pair[1]!r} would share a folder; rename one of them")
     for name in settings.only:
         if name not in names:
-            raise ConfigError(f"--only: no method or sweep {name!r}{nearest(name, names)}; there are {names}")
+            more = " (--quick runs no sweeps)" if settings.quick else ""
+            raise ConfigError(f"--only: no method or sweep {name!r}{nearest(name, names)}; there are {names}{more}")
     return list(dict.fromkeys(settings.only)) or names
 
 
@@ -111,8 +121,9 @@ def grid_of(settings: CompareSettings, name: str, grid: Any) -> Grid:
     lists = {key: value if isinstance(value, list) else [value] for key, value in grid.items() if key != "method"}
     if empty := [key for key, values in lists.items() if not values]:
         raise ConfigError(f"methods {name}: {empty[0]}: an empty list; name one value at least")
-    if twice := [(key, value) for key, values in lists.items() for value in values if values.count(value) > 1]:
-        raise ConfigError(f"methods {name}: {twice[0][0]}: {twice[0][1]!r} stands there twice; it is one trial")
+    for key, values in lists.items():
+        if twice := [value for value in values if list(map(_number, values)).count(_number(value)) > 1]:
+            raise ConfigError(f"methods {name}: {key}: {twice[0]!r} stands there twice; it is one trial")
     method = grid.get("method", name)
     if not isinstance(method, str):
         raise ConfigError(f"methods {name}: method: expected a name, found {method!r}; each has an entry of its own")
@@ -131,38 +142,49 @@ def grid_of(settings: CompareSettings, name: str, grid: Any) -> Grid:
 
 
 def trials_of(settings: CompareSettings, name: str, grid: Grid) -> list[Trial]:
-    """Each combination of a grid as a run."""
-    return [trial_of(settings, name, grid.method, values, grid.varied) for values in grid.combinations]
+    """Each combination of a grid as a run. Raises ConfigError as `trial_of`, and for two that would share a folder."""
+    trials = [trial_of(settings, name, grid.method, values, grid.varied) for values in grid.combinations]
+    if pair := _alike({number: trial.folder for number, trial in enumerate(trials)}):
+        one, other = (trials[number].values for number in pair)
+        raise ConfigError(f"methods {name}: {one} and {other} would share a folder; rename a file, or use two entries")
+    return trials
 
 
 def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str, Any], varied: list[str]) -> Trial:
-    """One combination as a run: its config.yaml is written, and read as `duet_mlx.train` would.
+    """One combination as a run, with the settings that `duet_mlx.train` would read from its config.yaml.
 
     Raises:
-        ConfigError: an unknown setting, or what `duet_mlx.train` refuses.
+        ConfigError: an unknown setting, one that is not for a grid, or what `duet_mlx.train` refuses.
     """
-    shared = read_yaml(settings.train)
-    config = {**shared, "method": method}
+    shared = read_yaml(settings.train, "--train")
+    over: dict[str, Any] = {"method": method}
     known = {field.name for field in fields(TrainSettings)}
     lora = TrainSettings().lora_parameters
+    inner: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        if key in known:
-            config[key] = value
+        if key in known - NOT_FOR_A_GRID:
+            over[key] = value
         elif key in METHODS[method].defaults or key in lora:
             group = "method_parameters" if key in METHODS[method].defaults else "lora_parameters"
-            config[group] = {**config.get(group, {}), key: _number(value)}
+            inner.setdefault(group, {})[key] = _number(value)
+        elif key in NOT_FOR_A_GRID:
+            raise ConfigError(f"methods {name}: {key}: each run has its own; take it out")
         else:
             names = [*known, *METHODS[method].defaults, *lora]
             raise ConfigError(f"methods {name}: unknown setting {key!r}{nearest(str(key), names)}")
+    for group, given in inner.items():  # beside those of a whole group, wherever that stands
+        whole = over.get(group, shared.get(group) or {})
+        over[group] = {**whole, **given} if isinstance(whole, dict) else whole
     apart = {key: values[key] for key in varied}
+    place = f"methods {name}{f' {apart}' if apart else ''}"
     folder = folder_of(settings, name) / _file_name(",".join(f"{key}={value}" for key, value in apart.items()))
-    config["adapter_path"] = str(folder / "adapters")
-    _write_config(folder, config)
+    over |= {"adapter_path": str(folder / "adapters"), "resume_adapter_file": None, "dry_run": False}
     try:
-        parsed = parse_settings("python -m duet_mlx.train", "Train.", ["-c", str(folder / "config.yaml")])
+        parsed = parse_settings("python -m duet_mlx.train", "Train.", ["-c", settings.train], over, place)
     except ConfigError as error:
-        raise ConfigError(f"methods {name} {apart or ''}: {error}") from error
-    return Trial(name, apart, folder, parsed)
+        text = str(error)
+        raise ConfigError(text if text.startswith((place, "-c ")) else f"{place}: {text}") from error
+    return Trial(name, apart, folder, parsed, {**shared, **over})
 
 
 def folder_of(settings: CompareSettings, name: str) -> Path:
@@ -177,11 +199,18 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(trial: Trial) -> None:
+    """The run's config.yaml, for `python -m duet_mlx.train -c`."""
     import yaml
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    write_text(trial.folder / "config.yaml", yaml.safe_dump(trial.config, sort_keys=False, allow_unicode=True))
+
+
+def _alike(folders: dict[Any, Path]) -> tuple[Any, Any] | None:
+    """The first two that have the same folder, on a disk that takes A for a as well."""
+    names = {key: str(folder).casefold() for key, folder in folders.items()}
+    return next(((one, other) for one, other in itertools.combinations(names, 2) if names[one] == names[other]), None)
 
 
 def _file_name(text: str) -> str:
@@ -199,8 +228,5 @@ def same_budget(counts: dict[str, int]) -> None:
 def other_seed(trial: Trial, k: int) -> Trial:
     """The same run with the k-th next seed."""
     seed, folder = trial.settings.seed + k, trial.folder / f"seed={trial.settings.seed + k}"
-    config = {**read_yaml(str(trial.folder / "config.yaml")), "seed": seed, "adapter_path": str(folder / "adapters")}
-    _write_config(folder, config)
-    return trial._replace(
-        folder=folder, settings=replace(trial.settings, seed=seed, adapter_path=config["adapter_path"])
-    )
+    own: dict[str, Any] = {"seed": seed, "adapter_path": str(folder / "adapters")}
+    return trial._replace(folder=folder, settings=replace(trial.settings, **own), config={**trial.config, **own})

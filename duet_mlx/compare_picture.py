@@ -33,7 +33,7 @@ def methods_picture(rows: Sequence[Row], *paths: str | Path) -> None:
         TrainingError: no room, or no permission.
     """
     plt = pyplot()
-    models = sorted(dict.fromkeys(row["model"] for row in rows), key=lambda model: -shift(rows, model))
+    models = sorted(dict.fromkeys(row["model"] for row in rows), key=lambda model: -(shift(rows, model) or 0))
     height = max(5.0, 1.6 + 0.36 * len(models))
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), gridspec_kw={"width_ratios": [1, 1.1]})
     points = points_of(rows)

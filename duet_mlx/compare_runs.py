@@ -7,22 +7,25 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .benchmark_run import describe, load_benchmarks
-from .compare_grid import Trial
+from .compare_grid import Trial, write_config
 from .data import file_hash
 from .errors import DivergedError, note
 from .evaluate import UNLEARNED, EvaluateSettings, evaluate
-from .files import write_files, write_text
+from .files import as_json, write_files, write_text
+from .kept_answers import code_hash
 from .methods import METHODS, states_of
 from .result_files import KEPT
 from .train_settings import TrainSettings
 
 if TYPE_CHECKING:
     from .lower import LowerStates
+
+COST = ("seconds", "peak_memory_gb")
 
 
 def run(trial: Trial, earlier: LowerStates) -> str:
@@ -37,7 +40,7 @@ def run(trial: Trial, earlier: LowerStates) -> str:
 
     s = trial.settings
     files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
-    done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
+    done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}, "base": trial.base}
     file = trial.folder / "run.json"
     record = json_of(file)
     if not _is_whole(file, record, done):
@@ -45,42 +48,46 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     if _is_whole(file, record, done):
         return record.get("failed", "")
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
+    write_config(trial)
     _lend_targets(trial)
-    start, before = time.monotonic(), record.get("seconds", 0.0) if "cut_off" in record else 0.0
+    # What it has cost so far, should it be of this run: then `train_once` says that steps are there.
+    same = record.get("settings") == done["settings"]
+    start, before = time.monotonic(), {key: record.get(key, 0.0) if same else 0.0 for key in COST}
 
     def cut_off(seconds: float) -> None:
-        write_text(trial.folder / "run.json", json.dumps({"cut_off": True, "seconds": seconds}) + "\n")
+        cut = {"cut_off": True, "settings": done["settings"], **before, "seconds": seconds}
+        write_text(file, json.dumps(cut, indent=1) + "\n")
 
-    cut_off(before)  # should this be killed, no record says of the folder that it holds a run that is whole
+    cut_off(before["seconds"])  # should this be killed, no record says of the folder that it holds a run that is whole
     mx.reset_peak_memory()
-    failed = ""
+    failed, there = "", 0
     try:
-        train_once(s, earlier)
+        there = train_once(s, earlier)
     except DivergedError as error:  # a run that diverges is a result, and the others go on
         failed = str(error)
     except KeyboardInterrupt:
-        cut_off(before + time.monotonic() - start)
-        raise
-    cost = {"seconds": before + time.monotonic() - start, "peak_memory_gb": mx.get_peak_memory() / 1e9}
+        cut_off(before["seconds"] + time.monotonic() - start)
+        raise KeyboardInterrupt("what is done is kept; the same command goes on from it") from None
+    cost = {"seconds": time.monotonic() - start, "peak_memory_gb": mx.get_peak_memory() / 1e9}
+    if there >= s.iters and before["seconds"]:
+        cost = before
+    elif there:
+        peak = max(before["peak_memory_gb"], cost["peak_memory_gb"])
+        cost = {"seconds": before["seconds"] + cost["seconds"], "peak_memory_gb": peak}
     record = {**done, **cost, **({"failed": failed} if failed else {})}
-    write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
+    write_text(file, json.dumps(record, indent=1) + "\n")
     mx.clear_cache()
     return failed
 
 
 def _is_whole(file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
-    """Whether a run.json is of a run of these settings and files that came to an end, and what it left is there.
+    """Whether a run.json is of a run of these settings, files and base that has ended, and its adapter is there."""
+    from .once import essence_of, saved_config
 
-    Of a model that is newer nothing is taken for granted: `train_once` looks at the weights.
-    """
-    from .once import saved_config
-
-    return (
-        {key: record.get(key) for key in done} == done
-        and "seconds" in record
-        and ("failed" in record or saved_config(file.parent / "adapters") is not None)
-        and not newer(record["settings"]["model"], file)
-    )
+    if {key: record.get(key) for key in done} != done or "seconds" not in record:
+        return False
+    saved = saved_config(file.parent / "adapters")
+    return "failed" in record or saved is not None and essence_of(saved) == done["settings"]
 
 
 def newer(model: str, file: Path) -> bool:
@@ -102,6 +109,7 @@ def _same_run(trial: Trial, done: dict[str, Any]) -> dict[str, Any]:
         if not _is_whole(file, record, done):
             continue
         note(f"{trial.folder}: a copy of {file.parent}, which is the same run")
+        write_config(trial)
         if "failed" not in record:
             _copy((adapter / name for name in ("adapter_config.json", "adapters.safetensors")), mine)
         write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
@@ -168,18 +176,26 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
     out = trial.folder / name
     settings = replace(settings, adapter_path=str(adapter), out=str(out), overwrite=True)
     results, file = json_of(out / "results.json"), out / "results.json"
-    made_of = (adapter / "adapters.safetensors", settings.model, settings.retrained)
-    if results and not any(newer(str(made), file) for made in made_of if made):
-        meta = results["meta"]
-        files = {path: digest for group in meta["data"].values() for path, digest in group.items()}
+    made_of = (adapter / "adapters.safetensors", settings.retrained)
+    meta = results.get("meta") if "rows" in results else None
+    if isinstance(meta, dict) and not any(newer(str(made), file) for made in made_of if made):
+        files = {path: digest for group in meta.get("data", {}).values() for path, digest in group.items()}
         if (
-            meta["settings"] == json.loads(json.dumps(asdict(settings)))
+            meta.get("settings") == as_json(asdict(settings))
             and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items())
-            and meta["benchmarks"] == describe(load_benchmarks(settings.benchmark, settings.benchmark_questions))
+            and meta.get("benchmarks") == describe(load_benchmarks(settings.benchmark, settings.benchmark_questions))
         ):
+            if meta.get("code") != code_hash():
+                _note_other_code()
             return results["rows"]
     _lend_answers(trial, out)
     return evaluate(settings, pictures=False)["rows"]  # a hundred runs: the comparison's own is looked at
+
+
+@cache
+def _note_other_code() -> None:
+    """Once a process."""
+    note("note: evaluations by another version of this package are kept; delete a run's folder to have it made anew")
 
 
 def _lend_answers(trial: Trial, out: Path) -> None:
@@ -196,8 +212,9 @@ def _lend_answers(trial: Trial, out: Path) -> None:
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """A JSON file of ours; {} if it is not there or was cut off."""
+    """A JSON file of ours; {} if it is not there, was cut off, or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

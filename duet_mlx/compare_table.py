@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
+from .evaluate import BASE, RETRAINED, UNLEARNED
 from .measures import ARROWS, BY_KEY
 from .metrics import FORGET, GENERAL, NEIGHBOURS, TRAINED
 from .report_table import cell
@@ -54,17 +54,17 @@ def value(rows: Sequence[Row], model: str, group: str, metric: str) -> float | N
     return next((r["value"] for r in rows if (r["model"], r["group"], r["metric"]) == wanted), None)
 
 
-def shift(rows: Sequence[Row], model: str) -> float:
-    """Performance shift in points: what forget recall fell by, plus what F1 on the other groups rose by.
+def shift(rows: Sequence[Row], model: str) -> float | None:
+    """Performance shift in points: what forget recall fell by, plus what F1 on the other groups rose by; or None.
 
     Reference: Zhong, Yang and Zhu, ICLR 2026: drops of the forget metrics plus changes of the utility metrics.
     """
-    total = 0.0
+    changes = []
     for group, metric, sign in ((FORGET, "recall", -1), (GENERAL, "f1", 1), (NEIGHBOURS, "f1", 1)):
         before, after = value(rows, BASE, group, metric), value(rows, model, group, metric)
         if before is not None and after is not None:
-            total += 100 * sign * (after - before)
-    return total
+            changes.append(100 * sign * (after - before))
+    return sum(changes) if changes else None
 
 
 def points_of(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
@@ -90,8 +90,8 @@ def front(points: dict[str, tuple[float, float]]) -> set[str]:
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """The rows of one table: of what was not trained once, and of each run under its own name."""
-    rows = [row for result in results[:1] for row in result.rows if row["model"] in (BASE, IN_CONTEXT, RETRAINED)]
+    """The rows of one table: of what was not trained here once, and of each run under its own name."""
+    rows = [row for result in results[:1] for row in result.rows if row["model"] != UNLEARNED]
     return rows + [
         {**row, "model": result.label} for result in results for row in result.rows if row["model"] == UNLEARNED
     ]
@@ -104,10 +104,13 @@ def report_of(
     ablations: Sequence[Row],
     swept: Sequence[Result],
     questions: int = 0,
+    failed: Sequence[dict[str, Any]] = (),
 ) -> str:
     """table.md: the methods, those of them with other seeds, and the sweeps, asked so many `questions` of each role."""
     parts = [*table_of(rows, shown), ""] if shown else []
     parts += [LEGEND, *seeds_of(rows, shown, again)]
+    if failed:
+        parts += ["", *(f"- Failed: {one['name']} {one['values'] or ''}: {one['reason']}" for one in failed)]
     if swept:
         asked = f"at most {questions} test questions of each role and" if questions else "all test questions but"
         parts += ["", f"Sweeps, asked {asked} no reverse prompts:", "", *table_of(ablations, swept, fronted=False)]
@@ -126,7 +129,7 @@ def table_of(rows: Sequence[Row], results: Sequence[Result], fronted: bool = Tru
         lines.append([
             model,
             *(cell(cells.get((model, group, metric))) for _, group, metric in columns),
-            "–" if model == BASE else f"{shift(rows, model):.1f}",
+            "–" if model == BASE or (moved := shift(rows, model)) is None else f"{moved:.1f}",
             *(["●" if model in best else ""] if fronted else []),
             f"{cost['seconds']:.0f}" if cost else "",
             f"{cost['peak_memory_gb']:.2f}" if cost else "",
@@ -142,6 +145,7 @@ def columns_of(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table of these cells, the first line its heads, the columns aligned."""
+    lines = [[" ".join(text.replace("|", "\\|").split()) for text in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     head, *rest = (" | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
     return [f"| {head} |", f"|-{'-|-'.join('-' * w for w in widths)}-|", *(f"| {line} |" for line in rest)]
@@ -151,9 +155,11 @@ def own_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Columns as in COLUMNS for benchmarks, and for the groups of --also."""
     there = dict.fromkeys((row["group"], row["metric"]) for row in rows)
     own = [group for group, metric in there if metric == "recall" and group not in ALWAYS_THERE]
+    whole = any(metric in WHOLE for _, metric in there)  # TOFU's groups have recall too, and two figures for all
     return [
         *((WHOLE[metric], group, metric) for group, metric in there if metric in WHOLE),
         *(_headed(group, metric) for group, metric in there if metric in OF_A_GROUP),
+        *(_headed(group, metric) for group, metric in there if metric == "rouge_recall" and not whole),
         *(_headed(group, "recall" if group.startswith(FORGET) else "f1") for group in own if ", reverse" not in group),
     ]
 

@@ -24,6 +24,7 @@ from .data import Query, digest, file_hash, spread
 from .errors import ConfigError, ModelError, note, run_cli
 from .files import make_folder, only_run_in
 from .groups import groups_of, reverse_prompts
+from .kept_answers import code_hash
 from .metrics import FORGET, TRAINED
 from .provenance import described, trained_on
 from .result_files import KEPT, SAMPLES, check_free, finite, write
@@ -88,12 +89,8 @@ def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any
     prompts = reverse_prompts(settings.reverse_prompts)
     groups = groups_of(settings)
     benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
-    asked = [Asked(group, query) for group, queries in groups.items() for query in queries]
-    forget = groups.get(FORGET, [])  # what is held out is asked behind reverse prompts
-    behind = spread(forget, min(settings.reverse_questions, len(forget)), "--reverse-questions")
-    for number, (place, prompt) in enumerate(prompts, 1):
-        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
-    contexts = contexts_of(settings, forget + groups.get(TRAINED, []))
+    asked = all_asked(settings, groups, prompts)
+    contexts = contexts_of(settings, groups.get(FORGET, []) + groups.get(TRAINED, []))
     beside, metas = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, f"--out {settings.out}")
@@ -102,6 +99,7 @@ def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any
         count = {name: len(queries) for name, queries in groups.items()}
         meta = described(settings, count, [text for _, text in prompts])
         meta["benchmarks"] = describe(benchmarks)
+        meta["code"] = code_hash()
 
         try:
             columns, replies, meta["base_weights"] = _columns(settings, asked, contexts, benchmarks, meta)
@@ -161,6 +159,34 @@ def check_settings(settings: EvaluateSettings) -> None:
         raise ModelError(f"--adapter-path {adapter}: no adapter_config.json in it")
 
 
+def check_questions(settings: EvaluateSettings) -> None:
+    """Read all that is asked, and put it into tokens, as `evaluate` does before its first answer.
+
+    Raises:
+        ConfigError, DataError, ContextError, ModelError: what is wrong with it; no weights are read.
+    """
+    from .model import load_tokenizer
+
+    groups = groups_of(settings)
+    asked = all_asked(settings, groups, reverse_prompts(settings.reverse_prompts))
+    contexts = contexts_of(settings, groups.get(FORGET, []) + groups.get(TRAINED, []))
+    benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
+    tokenizer, folder = load_tokenizer(settings.model, settings.trust_remote_code)
+    _all_prompts(settings, asked, contexts, benchmarks, tokenizer, folder)
+
+
+def all_asked(
+    settings: EvaluateSettings, groups: dict[str, list[Query]], reverse: list[tuple[str, str]]
+) -> list[Asked]:
+    """Every question of every group, then what is held out behind each (place, reverse prompt)."""
+    asked = [Asked(group, query) for group, queries in groups.items() for query in queries]
+    forget = groups.get(FORGET, [])
+    behind = spread(forget, min(settings.reverse_questions, len(forget)), "--reverse-questions")
+    for number, (place, prompt) in enumerate(reverse, 1):
+        asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
+    return asked
+
+
 def contexts_of(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:
     """The contexts of --context, or the one that --context-name picks; [] without."""
     if settings.context is None:
@@ -195,10 +221,7 @@ def _columns(
     The base's weights serve all columns but "retrained": the adapter goes on last.
     """
     from .answers import column
-    from .context import check_fits, render
-    from .kept_answers import code_hash
-    from .model import apply_adapter, check_adapter, load_model, load_tokenizer, weights_hash, window
-    from .teacher import context_of
+    from .model import apply_adapter, check_adapter, load_model, weights_hash
 
     model, tokenizer, folder = load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     base_hash = weights_hash(model)
@@ -208,15 +231,6 @@ def _columns(
         meta["trained_on"] = trained_on(config, meta["data"], settings.also)
     columns: dict[str, Column] = {}
     replies: dict[str, dict[str, list[Reply]]] = {}
-
-    def prompts(tokenizer: Any, folder: Path, chosen: Sequence[Context | None]) -> list[list[int]]:
-        rendered = [render(tokenizer, a.text, c, settings.system, a.place) for a, c in zip(asked, chosen, strict=True)]
-        limit = window(folder)
-        for a, c, ids in zip(asked, chosen, rendered, strict=True):
-            if len(ids) + settings.max_tokens - 1 > limit:  # what to do about it costs more renderings
-                way_out = _way_out(tokenizer, a, c, settings, limit)
-                check_fits(a.place, a.text, len(ids), settings.max_tokens, "the model's window", limit, way_out)
-        return rendered
 
     def add(
         name: str,
@@ -240,16 +254,8 @@ def _columns(
         replies[name] = replies_of(name, model, tokenizer, benchmarks, context, settings, identity, same_base)
 
     no_context: list[Context | None] = [None] * len(asked)
-    plain = prompts(tokenizer, folder, no_context)
-    named = settings.context_name is None
-    chosen = [context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked if contexts]
     # All before the first answer, so that no fault is found after it.
-    behind = prompts(tokenizer, folder, chosen) if contexts else []
-    check_prompts(tokenizer, benchmarks, contexts, settings, window(folder))
-    if settings.retrained is not None:
-        words, other = load_tokenizer(settings.retrained, settings.trust_remote_code, "--retrained")
-        read_by_other = prompts(words, other, no_context)
-        check_prompts(words, benchmarks, [], settings, window(other))
+    plain, chosen, behind, read_by_other = _all_prompts(settings, asked, contexts, benchmarks, tokenizer, folder)
     add(BASE, no_context, plain, [base_hash])
     if contexts:
         add(IN_CONTEXT, chosen, behind, [base_hash])
@@ -265,6 +271,47 @@ def _columns(
         )
         add(RETRAINED, no_context, read_by_other, [weights_hash(model)], same_base=False)
     return columns, replies, base_hash
+
+
+def _all_prompts(
+    settings: EvaluateSettings,
+    asked: list[Asked],
+    contexts: list[Context],
+    benchmarks: Benchmarks,
+    tokenizer: Any,
+    folder: Path,
+) -> tuple[list[list[int]], list[Context | None], list[list[int]], list[list[int]]]:
+    """The tokens of all questions, bare; the context of each, and the tokens behind it; those that --retrained reads.
+
+    Raises:
+        DataError, ContextError: what cannot be rendered or does not fit, a benchmark's prompts included.
+    """
+    from .context import check_fits, render
+    from .model import load_tokenizer, window
+    from .teacher import context_of
+
+    def prompts(tokenizer: Any, folder: Path, chosen: Sequence[Context | None]) -> list[list[int]]:
+        rendered = [render(tokenizer, a.text, c, settings.system, a.place) for a, c in zip(asked, chosen, strict=True)]
+        limit = window(folder)
+        for a, c, ids in zip(asked, chosen, rendered, strict=True):
+            if len(ids) + settings.max_tokens - 1 > limit:  # what to do about it costs more renderings
+                way_out = _way_out(tokenizer, a, c, settings, limit)
+                check_fits(a.place, a.text, len(ids), settings.max_tokens, "the model's window", limit, way_out)
+        return rendered
+
+    bare: list[Context | None] = [None] * len(asked)
+    named = settings.context_name is None
+    chosen: list[Context | None] = [
+        context_of(a.query, contexts, "teacher") if named else contexts[0] for a in asked if contexts
+    ]
+    plain = prompts(tokenizer, folder, bare)
+    behind = prompts(tokenizer, folder, chosen) if contexts else []
+    check_prompts(tokenizer, benchmarks, contexts, settings, window(folder))
+    if settings.retrained is None:
+        return plain, chosen, behind, []
+    words, other = load_tokenizer(settings.retrained, settings.trust_remote_code, "--retrained")
+    check_prompts(words, benchmarks, [], settings, window(other))
+    return plain, chosen, behind, prompts(words, other, bare)
 
 
 def _way_out(tokenizer: Any, asked: Asked, context: Context | None, settings: EvaluateSettings, limit: int) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, TrainingError
 
@@ -50,6 +53,18 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> N
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write_files(path.parent, {path.name: lambda partial: partial.write_text(text, encoding="utf-8")})
+
+
+def as_json(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists there, and infinity, for which it has no word, is text."""
+    return json.loads(json.dumps(value), parse_constant=str)
+
+
+def new_name(path: Path) -> Path:
+    """A name beside a path, of this moment, that nothing has."""
+    stamp = f"{path.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (path.with_name(stamp if n == 1 else f"{stamp}-{n}") for n in count(1))  # two may fall into one second
+    return next(name for name in names if not name.exists())
 
 
 def append_text(path: Path, text: str) -> None:

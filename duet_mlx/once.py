@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, replace
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .dry_run import dry_run
 from .errors import ConfigError
+from .files import as_json, new_name
 from .resume import load_state
 from .train import TrainSettings, prepare, train
 
@@ -36,8 +35,14 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
 
 
 def essence(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide the adapter, as JSON gives them back (tuples are lists there)."""
-    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in BOOKKEEPING}))
+    """The settings that decide the adapter, as JSON gives them back."""
+    return as_json({k: v for k, v in settings.items() if k not in BOOKKEEPING})
+
+
+def essence_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """That of an adapter_config.json. A setting that is newer than the adapter had its default's effect."""
+    before = saved.get("settings")
+    return essence({**asdict(TrainSettings()), **(before if isinstance(before, dict) else {})})
 
 
 def set_aside(folder: Path) -> Path:
@@ -48,9 +53,7 @@ def set_aside(folder: Path) -> Path:
     """
     if not folder.name or folder.resolve() == Path.cwd():
         raise ConfigError(f"--adapter-path {folder}: another adapter is there; name a folder that can be renamed")
-    stamp = f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (folder.with_name(stamp if n == 1 else f"{stamp}-{n}") for n in count(1))  # two may fall into one second
-    aside = next(name for name in names if not name.exists())
+    aside = new_name(folder)
     folder.rename(aside)
     folder.mkdir()
     for targets in aside.glob("*targets.safetensors"):
@@ -67,8 +70,8 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> None:
-    """Keep, resume, or set aside and train.
+def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> int:
+    """Keep, resume, or set aside and train; how many of its steps were there already.
 
     Args:
         earlier: as in `lower.run_lower`.
@@ -77,20 +80,20 @@ def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> N
         DuetError: as `prepare` and `train`; a folder that holds other things than an adapter is refused as there.
     """
     if settings.dry_run:
-        return dry_run(settings)
+        dry_run(settings)
+        return 0
     folder = Path(settings.adapter_path)
     saved = saved_config(folder)
     # `overwrite` here only lets prepare() into an adapter's folder; it writes the targets and nothing of an adapter.
     prepared = prepare(settings if saved is None else replace(settings, overwrite=True))
+    step = 0
     if saved is not None:
-        before = saved.get("settings")
-        # A setting that is newer than the adapter had its default's effect.
-        before = {**asdict(TrainSettings()), **(before if isinstance(before, dict) else {})}
-        if essence(before) != essence(asdict(settings)) or saved.get("targets") != prepared.manifest:
+        if essence_of(saved) != essence(asdict(settings)) or saved.get("targets") != prepared.manifest:
             print(f"settings or questions have changed: the earlier adapter is kept in {set_aside(folder)}")
         elif (step := steps_done(folder)) >= settings.iters:
             print(f"adapter: {folder} is complete and of these settings and questions; nothing to train")
-            return
+            return step
         elif step:
             settings = replace(settings, resume_adapter_file=str(folder / "adapters.safetensors"))
     train(settings, prepared, earlier)
+    return step

@@ -8,7 +8,7 @@ from typing import Any
 
 from .checkpoint import State
 from .errors import ConfigError
-from .files import partial_of
+from .files import as_json, partial_of
 
 # When a run is gone on with, these settings may be others: they say how it is watched, kept and computed. (What the
 # files and --model hold is compared by hash, LoRA and layers as they were resolved.)
@@ -76,7 +76,7 @@ def load_state(file: str) -> tuple[State, dict[str, Any]]:
     if odd or random.shape != (2,):
         raise ConfigError(f"{flag}: the optimizer.safetensors beside it does not fit it ({[*odd, 'random_state'][0]})")
     try:
-        config = json.loads(described.read_text(encoding="utf-8"))
+        config = json.loads(described.read_text(encoding="utf-8"), parse_constant=str)
         parts = [config.get(key, {}) for key in ("settings", "lora_parameters", "targets")]
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("its entries are not those of a run")
@@ -107,7 +107,7 @@ def _completed(adapter: Path, wanted: str) -> dict[str, Any] | None:
 def check_same_run(file: str, state: State, saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Raise ConfigError if this run (`config`) is not the one that was `saved`; what may change and does."""
     flag = f"--resume-adapter-file {file}"
-    config = json.loads(json.dumps(config))  # tuples as lists, as they come back from a file
+    config = as_json(config)  # as it comes back from a file
     before, here = saved.get("settings", {}), config["settings"]
     lora_before, lora = saved.get("lora_parameters", {}), config["lora_parameters"]
     same = {name: (before[name], here[name]) for name in before.keys() & here.keys() - FREE - set(FROM_HERE_ON)}

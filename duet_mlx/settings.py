@@ -29,13 +29,18 @@ def parse(
     description: str,
     argv: list[str] | None = None,
     recipes: dict[str, dict[str, Any]] | None = None,
+    over: dict[str, Any] | None = None,
+    named: str = "",
 ) -> Settings:
-    """Settings from, weakest first: the dataclass, the recipe that `-c` names, the YAML file of `-c`, the flags.
+    """Settings from, weakest first: the dataclass, the recipe of `-c`, the YAML file of `-c`, `over`, the flags.
 
     A recipe named by a flag is stronger than the YAML file, as every flag is, and weaker than the other flags.
 
     Every field is a flag (`top_k` is `--top-k`). A dictionary's takes NAME=VALUE, as often as wanted, and what YAML
     gave under other names stays.
+
+    Args:
+        over: settings of another file, as YAML reads them.  named: where they stand, for messages.
 
     Raises:
         ConfigError: an unknown key (with the nearest name), a wrong type or choice, a YAML file that cannot be read.
@@ -66,15 +71,17 @@ def parse(
             parser.add_argument(flag, metavar=metavar, type=_flag_type(kinds[name]), **options)
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
-    merged = read_yaml(file) if file else {}
+    over = over or {}
+    merged = {**(read_yaml(file) if file else {}), **over}
     for name, value in given.items():
         before = merged.get(name)
         pairs = kinds[name] is dict
         merged[name] = {**(before if isinstance(before, dict) else {}), **dict(value)} if pairs else value
     for name, value in merged.items():
+        where = named if name in over else f"-c {file}"
         if name not in known:
-            raise ConfigError(f"{file}: unknown key {name!r}{nearest(str(name), list(known))}")
-        place = f"--{name.replace('_', '-')}" if name in given else f"-c {file}: {name}"
+            raise ConfigError(f"{where}: unknown key {name!r}{nearest(str(name), list(known))}")
+        place = f"--{name.replace('_', '-')}" if name in given else f"{where}: {name}"
         merged[name] = _checked(place, value, known[name], kinds[name])
     recipe = (recipes or {}).get(merged.get("recipe", "default"), {})
     if "recipe" in given:
@@ -124,7 +131,7 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def read_yaml(file: str) -> dict[str, Any]:
+def read_yaml(file: str, flag: str = "-c") -> dict[str, Any]:
     """The keys of a YAML file. Raises ConfigError for one that cannot be read, and for a key that stands twice."""
     import yaml
 
@@ -133,16 +140,16 @@ def read_yaml(file: str) -> dict[str, Any]:
     try:
         content = yaml.load(Path(file).read_bytes().decode(), Loader=Loader)  # a SafeLoader
     except OSError as error:
-        raise ConfigError(f"-c {file}: cannot be read ({error})") from error
+        raise ConfigError(f"{flag} {file}: cannot be read ({error})") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(f"-c {file}:{line}: not UTF-8 text; save the file as UTF-8") from error
+        raise ConfigError(f"{flag} {file}:{line}: not UTF-8 text; save the file as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"-c {file}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{flag} {file}: not YAML: {' '.join(str(error).split())}") from error
     except Exception as error:  # a date of month 13, `!!int x`, `!!bool x`, brackets without end: each its own kind
-        raise ConfigError(f"-c {file}: holds a value that YAML cannot read ({error})") from error
+        raise ConfigError(f"{flag} {file}: holds a value that YAML cannot read ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"-c {file}: expected `key: value` lines, found {type(content).__name__}")
+        raise ConfigError(f"{flag} {file}: expected `key: value` lines, found {type(content).__name__}")
     return content
 
 

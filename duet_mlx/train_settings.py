@@ -76,13 +76,18 @@ class TrainSettings:
     trust_remote_code: bool = setting(False, "run Python code that the model's repository brings")
 
 
-def parse_settings(prog: str, description: str, argv: list[str] | None = None) -> TrainSettings:
+def parse_settings(
+    prog: str, description: str, argv: list[str] | None = None, over: dict[str, Any] | None = None, named: str = ""
+) -> TrainSettings:
     """Settings from flags and YAML, checked as far as that goes without a model.
+
+    Args:
+        over, named: as in `settings.parse`.
 
     Raises:
         ConfigError: something missing, out of range or contradictory, named by its flag.
     """
-    settings = parse(TrainSettings, prog, description, argv, RECIPES)
+    settings = parse(TrainSettings, prog, description, argv, RECIPES, over, named)
     parameters(settings)
     require(settings, "model", "forget", *(["context"] if METHODS[settings.method].labels == "teacher" else []))
     for name, least in (("positions", 1), ("top_k", 1), ("iters", 1), ("batch_size", 1), ("max_seq_length", 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from duet_mlx.compare import asked_of_sweeps, check_inputs, choose, evaluation_of, validation_of
+from duet_mlx.compare import asked_of_sweeps, check_inputs, choose, evaluation_of, gather, validation_of
 from duet_mlx.compare_grid import CompareSettings, all_trials
-from duet_mlx.compare_runs import _copy, newer
+from duet_mlx.compare_runs import _copy, json_of, newer
+from duet_mlx.errors import ConfigError
 from duet_mlx.evaluate import EvaluateSettings
 from duet_mlx.files import only_run_in
 from duet_mlx.groups import groups_of
@@ -25,7 +27,7 @@ from duet_mlx.once import essence
 from duet_mlx.report import load_results
 from duet_mlx.settings import parse
 from duet_mlx.stream import Stream
-from tests.tiny_model import contents, write_questions
+from tests.tiny_model import contents, tiny_model, write_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIED = {"learning_rate": ["1e-3", 0.05]}
@@ -173,7 +175,7 @@ def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, mo
     [chosen], [failed], tried = choose(settings, grids, EvaluateSettings(), {})
     assert asked == [(1, 1)] * 3  # there is but one of each
     assert chosen.values == {"beta": 2} and failed["values"] == {"beta": 4}
-    assert [round(value) for value in tried["npo"].values()] == [50, 80, 80]
+    assert [round(found) for _, found in tried["npo"]] == [50, 80, 80]
 
 
 def test_validation_has_the_groups_of_the_test(comparison, tmp_path):
@@ -202,6 +204,107 @@ def test_an_evaluation_that_is_older_than_the_model_is_made_again(tmp_path):
     assert newer(str(model), file) and newer(str(weights), file)
 
 
+def test_settings_of_a_group_stand_beside_those_of_their_own(comparison, tmp_path):
+    """Wherever they stand: one that was dropped would still name its row."""
+    grid = {"alpha": [1.0, 5.0], "method_parameters": {"beta": 0.2}, "rank": 2, "lora_parameters": {"scale": 3.0}}
+    grids, _ = all_trials(parse(CompareSettings, "compare", "Compare.", ["-c", str(comparison({"npo": grid}))]))
+    found = [trial.settings for trial in grids["npo"]]
+    assert [s.method_parameters for s in found] == [{"beta": 0.2, "alpha": alpha} for alpha in (1.0, 5.0)]
+    assert all((s.lora_parameters["rank"], s.lora_parameters["scale"]) == (2, 3.0) for s in found)
+    assert not list(tmp_path.rglob("config.yaml"))  # a comparison that is refused changes nothing of runs that exist
+
+
+def test_values_that_would_share_a_folder_are_refused(comparison):
+    config = comparison({"npo": None}, sweeps={"c": {"method": "duet", "context": ["x/a.yaml", "x_a.yaml"]}})
+    with pytest.raises(ConfigError, match="would share a folder"):
+        all_trials(parse(CompareSettings, "compare", "Compare.", ["-c", str(config)]))
+
+
+def test_values_that_are_lists_can_be_tried(comparison, monkeypatch):
+    keys = [["self_attn.q_proj"], ["self_attn.v_proj"]]
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", str(comparison({"npo": {"keys": keys}}))])
+    monkeypatch.setattr("duet_mlx.compare.run", lambda trial, _: "")
+    monkeypatch.setattr("duet_mlx.compare.evaluated", lambda trial, settings, name: [])
+    [chosen], _, tried = choose(settings, all_trials(settings)[0], EvaluateSettings(), {})
+    assert chosen.values == {"keys": keys[0]} and [values for values, _ in tried["npo"]] == [{"keys": k} for k in keys]
+
+
+def test_what_a_run_has_cost_stays_when_there_is_nothing_left_to_train(command, comparison, tmp_path, data):
+    config = comparison({"npo": None})
+    assert command("compare", "-c", config).code == 0
+    file, retain = tmp_path / "out" / "runs" / "npo" / "run" / "run.json", Path(data[data.index("--retain") + 1])
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "seconds": 1000.0, "peak_memory_gb": 70.0}))
+    before = retain.read_text()
+    try:
+        retain.write_text(before.replace("}", ', "source": "none"}'))  # which no method reads
+        ended = command("compare", "-c", config)
+        assert ended.code == 0 and "nothing to train" in ended.out, ended.err
+        assert json.loads(file.read_text())["seconds"] == 1000.0 and "| 1000" in ended.out
+        # Of another run, that was cut off here, nothing is counted.
+        file.write_text(json.dumps({"cut_off": True, "seconds": 1000.0, "settings": {"iters": 9}}))
+        train = yaml.safe_load((tmp_path / "train.yaml").read_text())
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump({**train, "iters": 2}))
+        assert command("compare", "-c", config).code == 0 and json.loads(file.read_text())["seconds"] < 1000.0
+    finally:
+        retain.write_text(before)
+
+
+def test_another_base_in_the_same_place_is_seen_whatever_its_age(command, comparison, tmp_path):
+    config = comparison({"npo": None})
+    for name in ("train", "evaluate"):
+        content = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**content, "model": str(tmp_path / "base")}))
+    tables = []
+    for seed in (1, 2):
+        folder = tiny_model(tmp_path / f"of {seed}", seed=seed)
+        for file in folder.iterdir():
+            os.utime(file, (1e9, 1e9))
+        (tmp_path / "base").unlink(missing_ok=True)
+        (tmp_path / "base").symlink_to(folder)
+        ended = command("compare", "-c", config)
+        assert ended.code == 0, ended.err
+        tables.append({row["model"]: row for row in load_results(tmp_path / "out" / "results.json")["rows"]})
+        assert "== npo" in ended.out
+        meta = json.loads((tmp_path / "out" / "runs" / "npo" / "run" / "test" / "results.json").read_text())["meta"]
+        tables[-1]["base"] = meta["base_weights"]
+    assert tables[0]["base"] != tables[1]["base"]
+
+
+def test_an_adapter_of_other_settings_in_a_runs_folder_is_not_taken(command, comparison, tmp_path):
+    assert command("compare", "-c", comparison({"npo": None, "ga": None})).code == 0
+    npo, ga = (tmp_path / "out" / "runs" / name / "run" / "adapters" for name in ("npo", "ga"))
+    before = (npo / "adapters.safetensors").read_bytes()
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        shutil.copy(ga / name, npo / name)
+    ended = command("compare", "-c", comparison({"npo": None, "ga": None}))
+    assert ended.code == 0 and "== npo" in ended.out and "== ga" not in ended.out, ended.err
+    assert (npo / "adapters.safetensors").read_bytes() == before
+
+
+def test_results_are_json_and_those_of_another_comparison_are_kept(tmp_path, capfd):
+    def made(**more):
+        return CompareSettings(out=str(tmp_path), sweeps={"δ": {"delta": [math.inf]}}, **more)
+
+    (tmp_path / "results.png").write_text("of earlier methods")
+    gather(made(methods={"npo": None}), [], [], [], [], {})
+    assert not (tmp_path / "results.png").exists()
+    text = (tmp_path / "results.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    gather(made(methods={"npo": None, "ga": None}), [], [], [], [], {})
+    assert not list(tmp_path.glob("results-until-*"))  # more of the same
+    gather(made(methods={"ga": None}), [], [], [], [], {})
+    [aside] = tmp_path.glob("results-until-*")
+    assert "'npo'" in capfd.readouterr().err and '"npo"' in (aside / "results.json").read_text()
+    assert '"npo"' not in (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"meta": 1, "rows": []}'])
+def test_a_file_that_is_not_ours_counts_as_none(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    assert json_of(tmp_path / "run.json").get("settings") is None
+
+
 def test_a_run_whose_adapter_is_gone_is_made_again(command, comparison, tmp_path):
     config = comparison({"duet": None})
     assert command("compare", "-c", config).code == 0
@@ -216,7 +319,8 @@ def test_a_name_of_many_files_is_cut_and_still_that_of_one_run_alone(comparison,
     near = [str(write_questions(tmp_path / f"{'near' * 20}{i}.jsonl", ["Who owns broom 7?"])) for i in range(3)]
     config = comparison({"npo": None}, sweeps={"near": {"method": "duet", "neighbours": [near[:2], near[1:], near]}})
     _, sweeps = all_trials(parse(CompareSettings, "compare", "Compare.", ["-c", str(config)]))
-    assert len({trial.folder for trial in sweeps["near"]}) == 3 and all(t.folder.is_dir() for t in sweeps["near"])
+    for trial in sweeps["near"]:
+        trial.folder.mkdir(parents=True)  # a disk takes the name, and none twice
 
 
 def test_a_run_can_be_repeated_by_its_own_config_to_the_same_bytes(command, comparison, tmp_path):
@@ -240,7 +344,7 @@ def test_a_comparison_that_was_cut_off_goes_on_and_the_cut_run_resumes(command, 
 
     monkeypatch.setattr(Stream, "batch", interrupting)
     ended = command("compare", "-c", config)
-    assert ended.code == 2 and "interrupted" in ended.err
+    assert ended.code == 2 and "interrupted" in ended.err and "the same command goes on" in ended.err
     assert not (tmp_path / "out" / "results.json").exists()
     runs = tmp_path / "out" / "runs" / "graddiff"
     assert json.loads((runs / "learning_rate=1e-3" / "run.json").read_text())["cut_off"]
@@ -341,7 +445,8 @@ def test_a_run_that_diverged_is_not_made_again_under_another_name(command, compa
 def test_quick_runs_the_first_trial_of_each_grid_with_its_own_settings(command, comparison, tmp_path):
     config = comparison(
         {"duet": TRIED, "npo": TRIED}, sweeps={"K": {"method": "duet", "top_k": [1, 2]}}, seeds=3, trained=True,
-        quick_settings={"iters": 2, "valid_forget": []}, quick_evaluate={"retain_questions": 1, "max_tokens": 2},
+        quick_settings={"iters": 2, "valid_forget": []},
+        quick_evaluate={"retain_questions": 1, "max_tokens": 2, "answers_only": True, "benchmark": []},
     )  # fmt: skip
     test = yaml.safe_load((tmp_path / "evaluate.yaml").read_text())
     test["retain"] = str(write_questions(tmp_path / "two.jsonl", ["What do birds make?", "What do ants make?"]))
@@ -375,10 +480,20 @@ BAD = {
     "a part of unlike budgets": ({"duet": TRIED, "npo": None}, {"only": ["npo"]}, ("duet 2, npo 1", "as many")),
     "more questions than there are": ({"duet": {"forget_questions": [2, 7]}}, {}, ("--forget-questions 7", "hold 6")),
     "a group without a file": ({"duet": None}, {"also": ["mine"]}, ("--also 'mine'", "GROUP=")),
-    "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("--max-tokns=4",)),
+    "a quick setting": ({"duet": None}, {"quick": True, "quick_evaluate": {"max_tokns": 4}}, ("quick_evaluate: unkn",)),
     "a layer that is not there": ({"rmu": {"layer": 99, "num_layers": 2}}, {}, ("methods rmu", "expected 0 to 0")),
     "a rank that cannot be": ({"npo": {"lora_parameters": {"rank": 9999}}}, {}, ("methods npo", "rank: 9999")),
-    "LoRA on the head": ({"kl": {"lora_parameters": {"keys": ["model.embed_tokens"]}}}, {}, ("methods kl", "all logits")),
+    "LoRA on the head": ({"kl": {"keys": [["model.embed_tokens"]]}}, {}, ("methods kl", "all logits")),
+    "other weights' rank": ({"npo": {"rank": [2, 9999]}}, {}, ("methods npo {'rank': 9999}", "rank: 9999")),
+    "refusals that are not there": ({"refusal": {"refusals": "nope.txt"}}, {}, ("methods refusal", "nope.txt")),
+    "more candidates than words": ({"duet": {"top_k": [5, 10**6]}}, {}, ("methods duet", "--top-k 1000000")),
+    "positions beyond the window": ({"duet": {"positions": 5000}}, {}, ("methods duet", "--positions")),
+    "no room for a question": ({"npo": {"max_seq_length": 5}}, {}, ("methods npo", "--max-seq-length")),
+    "no such schedule": ({"npo": {"lr_schedule": {"name": "linaer"}}}, {}, ("methods npo", "linaer")),
+    "an adapter of a run's own": ({"npo": {"resume_adapter_file": "a"}}, {}, ("methods npo", "resume_adapter_file")),
+    "the name of a row": ({"base": {"method": "duet"}}, {}, ("'base'", "another name")),
+    "names of one folder": ({"a/b": {"method": "duet"}, "A:b": {"method": "npo"}}, {}, ("'A:b'", "share a folder")),
+    "one number twice": ({"npo": {"learning_rate": ["1e-3", 0.001]}}, {}, ("npo: learning_rate", "twice")),
     "several methods": ({"all": {"method": ["duet", "npo"]}}, {}, ("methods all", "['duet', 'npo']")),
     "a number for a name": ({8: {"method": "duet"}}, {}, ("found 8", "quotes")),
     "one value twice": ({"npo": {"beta": [0.5, 1.0, 0.5]}}, {}, ("methods npo", "0.5 stands there twice")),
@@ -403,6 +518,8 @@ EVALUATIONS = {
     "no such context": ({"context": "refuse-al"}, ("refuse-al",)),
     "no room": ({"max_tokens": 0}, ("--max-tokens 0",)),
     "nothing beside": ({"beside": ["mine=none.json"]}, ("none.json",)),
+    "answers beyond the window": ({"max_tokens": 5000}, ("lower --max-tokens",)),
+    "another base": ({"model": "some/other"}, ("some/other", "one base")),
 }
 
 
@@ -444,6 +561,8 @@ def test_the_examples_grids_are_accepted_and_each_method_has_as_many_trials(tmp_
 def test_the_examples_questions_are_there_and_as_many_as_its_sweeps_ask_for(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("duet_mlx.model.resolve_model", lambda _: None)  # the model itself is fetched by `make model`
+    monkeypatch.setattr("duet_mlx.model.load_tokenizer", lambda *_: (None, None))
+    monkeypatch.setattr("duet_mlx.evaluate._all_prompts", lambda *_: None)
     settings = parse(CompareSettings, "compare", "Compare.", ["-c", "examples/compare/config.yaml"])
     grids, sweeps = all_trials(replace(settings, out=str(tmp_path)))
     trials = [trial for trials in (*grids.values(), *sweeps.values()) for trial in trials]

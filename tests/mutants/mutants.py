@@ -686,9 +686,23 @@ BACKEND = (
     Mutant(
         "duet_mlx/compare_runs.py",
         "a run whose adapter is gone is copied",
-        'saved_config(file.parent / "adapters") is not None',
-        "True",
+        'return "failed" in record or',
+        "return True or",
         "tests/cli/test_compare.py::test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter",
+    ),
+    Mutant(
+        "duet_mlx/compare_runs.py",
+        "an adapter of other settings in a run's folder is taken for the run's",
+        'essence_of(saved) == done["settings"]',
+        "True",
+        "tests/cli/test_compare.py::test_an_adapter_of_other_settings_in_a_runs_folder_is_not_taken",
+    ),
+    Mutant(
+        "duet_mlx/compare_runs.py",
+        "a run on another base in the same place is taken",
+        '"base": trial.base}',
+        '"base": ""}',
+        "tests/cli/test_compare.py::test_another_base_in_the_same_place_is_seen_whatever_its_age",
     ),
     Mutant(
         "duet_mlx/compare.py",
@@ -707,8 +721,8 @@ BACKEND = (
     Mutant(
         "duet_mlx/compare.py",
         "the worst trial on validation is reported",
-        "best = max(shifts,",
-        "best = min(shifts,",
+        "chosen.append(max(shifts,",
+        "chosen.append(min(shifts,",
         "tests/cli/test_compare.py::test_the_best_on_validation_is_chosen_and_of_equals_the_first",
     ),
     # --- the benchmarks' metrics, and how their questions are asked

@@ -85,6 +85,23 @@ def test_groups_of_ones_own_and_the_main_figures_of_benchmarks_have_columns_behi
     assert shift(rows, "base") == 0
 
 
+def test_a_name_with_a_bar_or_a_line_end_is_one_cell_and_what_failed_is_said():
+    one = result("a|b\nc", 0, 0.5)
+    failed = [{"name": "npo", "values": {"beta": 9}, "reason": "step 3: not finite"}]
+    text = report_of(BASE + rows_of(one.label, 0.5), [one], [], [], [], failed=failed)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1 and "a\\|b c, beta 0.5" in lines[-1]
+    assert "- Failed: npo {'beta': 9}: step 3: not finite" in text
+
+
+def test_no_shift_is_told_of_models_that_were_asked_none_of_its_questions():
+    rows = [{"model": m, "group": "forget, qa:mine", "metric": "rouge_recall", "value": 0.5, "ci": None, "n": 3}
+            for m in ("base", "npo")]  # fmt: skip
+    assert shift(rows, "npo") is None
+    head, _, _, line = ([cell.strip() for cell in line.strip("|").split("|")] for line in table_of(rows, []))
+    assert head[1:3] == ["forget, qa:mine ↓", "shift ↑"] and line[1:3] == ["0.50", "–"]
+
+
 def test_sweeps_have_a_table_of_their_own_with_the_base_on_their_questions_and_no_front():
     one, swept = result("npo", 0, 0.5), result("beta", 0, 0.25)
     rows, ablations = BASE + rows_of(one.label, 0.5, 1.0, 1.0), rows_of("base", 0.9) + rows_of(swept.label, 0.25)
