@@ -40,12 +40,12 @@ def run(trial: Trial, earlier: LowerStates) -> str:
 
     s = trial.settings
     files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
-    done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}, "base": trial.base}
+    done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
     file = trial.folder / "run.json"
     record = json_of(file)
-    if not _is_whole(file, record, done):
+    if not _is_whole(trial, file, record, done):
         record = _same_run(trial, done) or record
-    if _is_whole(file, record, done):
+    if _is_whole(trial, file, record, done):
         return record.get("failed", "")
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
     write_config(trial)
@@ -80,14 +80,18 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     return failed
 
 
-def _is_whole(file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
+def _is_whole(trial: Trial, file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
     """Whether a run.json is of a run of these settings, files and base that has ended, and its adapter is there."""
     from .once import essence_of, saved_config
 
     if {key: record.get(key) for key in done} != done or "seconds" not in record:
         return False
+    if "failed" in record:
+        return not newer(trial.settings.model, file)
     saved = saved_config(file.parent / "adapters")
-    return "failed" in record or saved is not None and essence_of(saved) == done["settings"]
+    if saved is None or essence_of(saved) != done["settings"]:
+        return False
+    return (saved.get("targets") or {}).get("model") == trial.base
 
 
 def newer(model: str, file: Path) -> bool:
@@ -106,7 +110,7 @@ def _same_run(trial: Trial, done: dict[str, Any]) -> dict[str, Any]:
     for file in _newest_first(_runs(trial).glob("**/run.json")):
         record = {**json_of(file), "same_as": str(file.parent)}
         adapter = file.parent / "adapters"
-        if not _is_whole(file, record, done):
+        if not _is_whole(trial, file, record, done):
             continue
         note(f"{trial.folder}: a copy of {file.parent}, which is the same run")
         write_config(trial)
