@@ -50,7 +50,7 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
     write_config(trial)
     _lend_targets(trial)
-    # What it has cost so far, should it be of this run: then `train_once` says that steps are there.
+    # What it has cost so far, if it was this run that was cut off, or if `train_once` finds steps of it.
     same = record.get("settings") == done["settings"]
     start, before = time.monotonic(), {key: record.get(key, 0.0) if same else 0.0 for key in COST}
 
@@ -71,7 +71,7 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     cost = {"seconds": time.monotonic() - start, "peak_memory_gb": mx.get_peak_memory() / 1e9}
     if there >= s.iters and before["seconds"]:
         cost = before
-    elif there:
+    elif there or "cut_off" in record:
         peak = max(before["peak_memory_gb"], cost["peak_memory_gb"])
         cost = {"seconds": before["seconds"] + cost["seconds"], "peak_memory_gb": peak}
     record = {**done, **cost, **({"failed": failed} if failed else {})}
