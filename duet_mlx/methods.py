@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PART = 64
 # Logits of a loss from which on its rows are cut as well.
 LARGE = 2**18
+# Of the methods' numbers those that count or name something; all others may be fractions.
+WHOLE = ("layer", "direction_seed")
 
 
 class Reading(NamedTuple):
@@ -132,24 +134,38 @@ METHODS = {
 }  # fmt: skip
 
 
-def parameters(settings: TrainSettings) -> dict[str, Any]:
-    """The method's numbers: its defaults, and over them those of `method_parameters`.
+def given_numbers(settings: TrainSettings) -> dict[str, float]:
+    """`method_parameters` as numbers: YAML reads 1e-1 as text. A whole number stays one.
 
     Raises:
-        ConfigError: a name that the method does not have, no number, or one that has no default and was not given.
+        ConfigError: a name that the method does not have, no number, or one out of range.
     """
-    name, given = settings.method, settings.method_parameters
+    name, given = settings.method, dict(settings.method_parameters)
     defaults = METHODS[name].defaults
     for key, value in given.items():
         if key not in defaults:
             has = f"{name} has {', '.join(defaults)}" if defaults else f"{name} has none"
             raise ConfigError(f"method_parameters: unknown name {key!r}{nearest(str(key), list(defaults))}; {has}")
-        found = None if isinstance(value, str) else number(value)
+        found = number(value)
         if found is None or not math.isfinite(found):
             raise ConfigError(f"method_parameters {key}: expected a number, found {value!r}")
-        if value < 0 or (key == "beta" and value == 0):
-            raise ConfigError(f"method_parameters {key}: expected {'more than' if key == 'beta' else 'at least'} 0")
-    numbers = {**defaults, **given}
+        if key in WHOLE and (not isinstance(value, int) or value < 0):
+            raise ConfigError(f"method_parameters {key}: expected a whole number of 0 or more, found {value!r}")
+        if found < 0 or (key == "beta" and found == 0):
+            least = "more than" if key == "beta" else "at least"
+            raise ConfigError(f"method_parameters {key}: expected {least} 0, found {value!r}")
+        given[key] = value if isinstance(value, int) else found
+    return given
+
+
+def parameters(settings: TrainSettings) -> dict[str, Any]:
+    """The method's numbers: its defaults, and over them those of `method_parameters`.
+
+    Raises:
+        ConfigError: as `given_numbers`, or a number that has no default and was not given.
+    """
+    name = settings.method
+    numbers = {**METHODS[name].defaults, **given_numbers(settings)}
     for key, value in numbers.items():
         if value is None:
             raise ConfigError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ConfigError, nearest
-from .methods import METHODS, parameters, reads_retain
+from .methods import METHODS, given_numbers, parameters, reads_retain
 from .settings import number, parse, require, setting
 
 # What the paper fixes; everything else of it is ours (reference/README.md): one position, the teacher's candidates,
@@ -88,6 +88,7 @@ def parse_settings(
         ConfigError: something missing, out of range or contradictory, named by its flag.
     """
     settings = parse(TrainSettings, prog, description, argv, RECIPES, over, named)
+    settings = replace(settings, method_parameters=given_numbers(settings))
     parameters(settings)
     require(settings, "model", "forget", *(["context"] if METHODS[settings.method].labels == "teacher" else []))
     for name, least in (("positions", 1), ("top_k", 1), ("iters", 1), ("batch_size", 1), ("max_seq_length", 1),

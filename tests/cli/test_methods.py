@@ -102,8 +102,18 @@ REFUSED = {
     "numbers for DUET": (["--method-parameters", "beta=1"], ("'beta'", "duet has none")),
     "a word for a number": (["--method", "npo", "--method-parameters", "beta=big"], ("beta", "a number", "'big'")),
     "no pair": (["--method", "npo", "--method-parameters", "beta"], ("'beta'", "NAME=VALUE")),
-    "beta of 0": (["--method", "npo", "--method-parameters", "beta=0"], ("beta", "more than 0")),
-    "a negative weight": (["--method", "npo", "--method-parameters", "alpha=-1"], ("alpha", "at least 0")),
+    "beta of 0": (["--method", "npo", "--method-parameters", "beta=0"], ("beta", "more than 0, found 0")),
+    "a negative weight": (["--method", "npo", "--method-parameters", "alpha=-1"], ("alpha", "at least 0, found -1")),
+    **{
+        f"RMU with {key}={value}": (
+            ["--method", "rmu", *RMU, "--method-parameters", f"{key}={value}"],
+            (f"method_parameters {key}: expected a whole number of 0 or more, found {found}",),
+        )
+        for key, value, found in (
+            ("layer", "0.0", "0.0"), ("layer", "-1", "-1"), ("layer", "1e1", "10.0"), ("direction_seed", "0.5", "0.5"),
+            ("direction_seed", "1e30", "1e+30"), ("direction_seed", "-1", "-1"),
+        )
+    },
     "RMU without its layer": (["--method", "rmu"], ("rmu", "layer=7")),
     "RMU above the last layer but one": (["--method", "rmu", "--method-parameters", "layer=1"], ("layer 1", "0 to 0")),
     "RMU below the adapted layers": (["--method", "rmu", *RMU, "--num-layers", "1"], ("layer 0", "--num-layers")),
@@ -146,12 +156,13 @@ def test_an_interrupted_baseline_goes_on_to_the_same_bytes(command, quick, tmp_p
 
 def test_a_dictionarys_flag_adds_to_what_the_yaml_says(command, quick, tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("lora_parameters: {rank: 2, scale: 1.0}\nmethod_parameters: {alpha: 0.5}\n")
+    # YAML reads 1e-1 and 1e0 as text.
+    config.write_text("lora_parameters: {rank: 2, scale: 1e0}\nmethod_parameters: {alpha: 5e-1, gamma: 1}\n")
     flags = ["-c", config, "--method", "npo", "--lora-parameters", "scale=3", "--method-parameters", "beta=1e-1"]
     assert command("train", *answered(quick), *flags).code == 0
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert saved["lora_parameters"] | {"keys": None} == {"rank": 2, "scale": 3, "dropout": 0.0, "keys": None}
-    assert saved["settings"]["method_parameters"] == {"alpha": 0.5, "beta": 0.1}
+    assert saved["settings"]["method_parameters"] == {"alpha": 0.5, "gamma": 1, "beta": 0.1}
 
 
 def test_an_answer_longer_than_max_seq_length_is_named(refused, quick, tmp_path):
