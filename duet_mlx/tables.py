@@ -27,16 +27,18 @@ INSIDE = ("Data", "data", "rows", "examples", "questions")
 QUESTION = ("question", "query", "prompt", "instruction", "input", "problem", "text", "intro")
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, strict: bool = False) -> list[Row]:
     """(line number from 1, row) of each row that is not blank; in a Parquet file, the row's own number.
 
     Args:
         path: `.csv` and `.tsv` are tables, `.parquet` needs pyarrow, all others are what they begin with: `[` or `{`
             JSON, `#Q ` OpenTriviaQA, anything else a text a line.
+        strict: a row with bytes that are not UTF-8, or with a NUL, is an error; otherwise the former is left out with
+            a warning, and a NUL is a sign as others are.
 
     Returns:
-        Dicts; lists of cells for a CSV file without a header; texts for plain lines. A row with bytes that are not
-        UTF-8 is left out with a warning. HTML's entities become the signs that they stand for.
+        Dicts; lists of cells for a CSV file without a header; texts for plain lines. HTML's entities become the signs
+        that they stand for.
 
     Raises:
         DataError: with file and line.
@@ -45,6 +47,8 @@ def read_rows(path: Path) -> list[Row]:
     if suffix == ".parquet":
         return [(number, _whole_texts(row)) for number, row in enumerate(_parquet(path), 1)]
     text = _text_of(path)
+    if strict:  # by its NULs a file of numbers is known, though they are UTF-8
+        text = text.replace("\0", DAMAGED)
     if suffix in (".csv", ".tsv"):
         rows = list(_csv(path, text))
     elif text.lstrip()[:1] in ("[", "{"):
@@ -58,6 +62,8 @@ def read_rows(path: Path) -> list[Row]:
     whole = [(line, _whole_texts(row)) for line, row in rows if DAMAGED not in repr(row)]
     if len(whole) < len(rows):
         first = next(line for line, row in rows if DAMAGED in repr(row))
+        if strict:
+            raise DataError(f"{path}:{first}: not UTF-8 text; expected a text file, saved as UTF-8")
         log.warning("%s:%d: %d row(s) left out: not UTF-8 text", path, first, len(rows) - len(whole))
     if not whole:
         raise DataError(f"{path}: no row is UTF-8 text; save the file as UTF-8")
@@ -67,10 +73,11 @@ def read_rows(path: Path) -> list[Row]:
 def read_lines(path: str | Path) -> list[str]:
     """The texts of a file of one text a row (refusals): plain or quoted lines, or a CSV file of one column.
 
-    A header is taken off if it is the word that such files use ("Refusal Response"). Raises DataError.
+    A header is taken off if it is the word that such files use ("Refusal Response"). Raises DataError, for a line that
+    is not text too: of a model named here by mistake whatever happens to be UTF-8 would be learned.
     """
     texts = []
-    for line, row in read_rows(Path(path)):
+    for line, row in read_rows(Path(path), strict=True):
         text = row[0] if isinstance(row, list) and len(row) == 1 else row
         if not isinstance(text, str):
             raise DataError(f"{path}:{line}: expected one text a line, found {str(row)[:60]}")

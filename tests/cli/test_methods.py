@@ -129,6 +129,13 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_a_file_of_refusals_that_is_no_text_is_refused(refused, quick, model, tmp_path):
+    file = model / "model.safetensors"
+    says = (f"--refusals {file}:1: not UTF-8 text", "one refusal a line")
+    refused("train", *answered(quick), "--method", "flat", "--refusals", file, says=says)
+    assert not (tmp_path / "adapters" / "targets.safetensors").exists()
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_method_lacks_is_said_before_training(refused, quick, tmp_path, case):
     flags, says = REFUSED[case]

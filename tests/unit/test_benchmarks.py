@@ -396,6 +396,14 @@ def test_refusals_are_no_objects(write):
         read_lines(write('{"question": "a"}', "q.jsonl"))
 
 
+@pytest.mark.parametrize("content", [b"No.\nJe ne peux pas r\xe9pondre.\n", b"No.\n\x07\0\0\0weight\n"])
+def test_refusals_are_all_of_them_text(write, content, caplog):
+    """A row of a benchmark that is damaged may be left out, as the others still count."""
+    with pytest.raises(DataError, match=r"q.txt:2: not UTF-8 text; expected a text file, saved as UTF-8"):
+        read_lines(write(content, "q.txt"))
+    assert not caplog.messages
+
+
 def test_a_missing_file_or_a_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="none.json: cannot be read"):
         read_items(tmp_path / "none.json", "g")
