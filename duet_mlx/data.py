@@ -17,6 +17,7 @@ ROLES = ("forget", "retain", "neighbour")
 BYTE_ORDER_MARKS = {  # UTF-32's first: one of them begins as UTF-16's does
     b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"
 }  # fmt: skip
+WAY_OUT = '; write one object a line, like {"question": "…"}'
 log = logging.getLogger(__name__)
 
 
@@ -171,16 +172,14 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = ""
-        if number == 1 and text.startswith("["):
-            hint = "; this looks like one JSON list: write one object a line instead"
+        # A whole object has its fault inside; anything else is of another kind of file, or the object goes on below.
+        whole = text.startswith("{") and text.endswith("}")
         fault = f"{error.msg}, column {error.colno}"
-        raise DataError(f"{place}: not JSON ({fault}): {_short(text)}{hint}") from error
+        raise DataError(f"{place}: not JSON ({fault}): {_short(text)}{'' if whole else WAY_OUT}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
         raise DataError(f"{place}: not JSON that can be read ({error}): {_short(text)}") from error
     if not isinstance(record, dict):
-        found = f"{_kind(record)}: {_short(text)}"
-        raise DataError(f'{place}: expected an object like {{"question": "…"}}, found {found}')
+        raise DataError(f"{place}: expected an object, found {_kind(record)}: {_short(text)}{WAY_OUT}")
     return record
 
 

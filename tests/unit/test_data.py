@@ -72,10 +72,22 @@ BAD = {
     "a file of blank lines": ("\n \n", "q.jsonl: the file is empty"),
     "a line that is not JSON": (
         GOOD + "Who is it?\n",
-        "q.jsonl:2: not JSON (Expecting value, column 1): Who is it?",
+        'q.jsonl:2: not JSON (Expecting value, column 1): Who is it?; write one object a line, like {"question": "…"}',
     ),
-    "one JSON list": ('[{"question": "A?"},\n', "q.jsonl:1: not JSON"),
-    "a whole JSON list on one line": ('[{"question": "A?"}]', "q.jsonl:1: expected an object"),
+    "a CSV file": (
+        "question,answer\nA?,a\n",
+        "q.jsonl:1: not JSON (Expecting value, column 1): question,answer; write one object a line",
+    ),
+    "one JSON list": (
+        '[{"question": "A?"},\n{"question": "B?"}]',
+        """q.jsonl:1: not JSON (Expecting value, column 21): [{"question": "A?"},; write one object a line""",
+    ),
+    "one JSON list that begins on a line of its own": (f"[\n{ask('A?')}\n]", "column 2): [; write one object a line"),
+    "a whole JSON list on one line": (
+        '[{"question": "A?"}]',
+        """q.jsonl:1: expected an object, found a list: [{"question": "A?"}]; write one object a line""",
+    ),
+    "an object over several lines": ('{\n"question": "A?"\n}', "column 2): {; write one object a line"),
     "a number with too many digits": ('{"question": "A?", "n": ' + "9" * 9000 + "}", "q.jsonl:1: not JSON"),
     "brackets without end": ("[" * 100_000, "q.jsonl:1: not JSON"),
     "a bare text": (GOOD + '"A?"', "q.jsonl:2: expected an object"),
