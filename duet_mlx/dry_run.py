@@ -21,7 +21,10 @@ from mlx_lm.utils import load_model as load_weights
 
 from .errors import ConfigError, ModelError
 from .estimate import Estimate, estimate
-from .model import HUB_FILES, check_lora, on_gpu, resolve_model, window
+from .head import NO_HEAD, find_head
+from .labels import check_model, given_labels
+from .methods import METHODS
+from .model import HUB_FILES, on_gpu, resolve_model, window
 from .teacher import check_lengths
 from .train import read_questions
 from .train_settings import TrainSettings
@@ -37,11 +40,15 @@ def dry_run(settings: TrainSettings) -> None:
     folder = folder_without_weights(settings.model)
     tokenizer = load_tokenizer(folder, {"trust_remote_code": settings.trust_remote_code})
     check_lengths(tokenizer, queries + valid, contexts, settings, window(folder))
+    model = skeleton(folder, settings.trust_remote_code)
+    # Whether the head can be called apart is only seen on real numbers: here it is taken for granted.
+    check_model(settings, model, (find_head(model), NO_HEAD))
+    if METHODS[settings.method].labels != "teacher":
+        given_labels(tokenizer, queries + (valid if settings.steps_per_eval else []), settings)
     stored = stored_bytes(folder)
 
     def wanted(settings: TrainSettings) -> Estimate:
-        model = skeleton(folder, settings.trust_remote_code)
-        check_lora(model, settings.num_layers, settings.lora_parameters["rank"])
+        model = skeleton(folder, settings.trust_remote_code)  # another one each time: it gets LoRA
         return estimate(settings, model, tokenizer, queries, valid, contexts, stored)
 
     found = wanted(settings)

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 EPSILON = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 HEAD_NAMES = ("lm_head", "output")
 EMBEDDING_NAMES = ("embed_tokens", "tok_embeddings", "wte", "word_embeddings", "embed_in")
+NO_HEAD = "no head or tied embedding found by name"
 
 
 def find_head(model: nn.Module) -> nn.Module | None:
@@ -149,7 +150,7 @@ def check_head(model: nn.Module, tokens: mx.array) -> tuple[nn.Module | None, st
     """
     head = find_head(model)
     if head is None:
-        return None, "no head or tied embedding found by name"
+        return None, NO_HEAD
     tokens = tokens[:, :8]
     positions = mx.array([[0, tokens.shape[1] - 1]])
     full = logits_at(model, tokens, positions)

@@ -16,9 +16,9 @@ import numpy as np
 from .context import Context, check_fits, render
 from .data import Query, in_turn
 from .errors import ConfigError, DataError
-from .methods import METHODS, Method, parameters, states_of
+from .methods import METHODS, parameters, states_of
 from .tables import read_lines
-from .teacher import Targets, context_of, forced_logits, teacher_targets
+from .teacher import Targets, context_of, forced_logits, teacher_targets, vocabulary_of
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -67,11 +67,37 @@ def check_answers(queries: Sequence[Query], settings: TrainSettings) -> None:
         )
 
 
+def check_model(
+    settings: TrainSettings, model: nn.Module, found: tuple[nn.Module | None, str]
+) -> tuple[list[str], nn.Module | None]:
+    """The modules that LoRA goes on, and the head to gather from; None, with a note that says why: the full head.
+
+    Args:
+        found: what `check_head` gives; of a model without weights, what `find_head` gives, and why it may be None.
+
+    Raises:
+        ConfigError, ModelError: this model does not allow the method, or LoRA as it is asked for.
+    """
+    from .model import check_lora, lora_keys, outside_layers
+
+    check_lora(model, settings.num_layers, settings.lora_parameters["rank"])
+    keys = lora_keys(model, settings.lora_parameters["keys"])
+    head, reason = found
+    if adapted_head := outside_layers(model, keys):
+        head, reason = None, f"LoRA is asked for on {', '.join(adapted_head)}"
+    if head is None:
+        print(f"note: full head instead of K rows ({reason})")
+    check_method(settings, model, head)
+    return keys, head
+
+
 def check_method(settings: TrainSettings, model: nn.Module, head: nn.Module | None) -> None:
     """Raise ConfigError for a method that this model, or LoRA as it is asked for, does not allow."""
     from .lower import find_stack
 
     method = METHODS[settings.method]
+    if method.frozen == "candidates":
+        vocabulary_of(model, settings.top_k)
     if states_of(settings) == "head" and head is None:
         retain = "" if method.frozen == "logits" else " with --retain-loss kl"
         raise ConfigError(
@@ -127,7 +153,7 @@ def targets_of(
     """
     method = METHODS[settings.method]
     if method.labels != "teacher":
-        return answer_targets(model, tokenizer, queries, settings, method, head)
+        return answer_targets(model, tokenizer, queries, settings, head)
     if method.frozen == "candidates":
         return teacher_targets(model, tokenizer, queries, contexts, settings, head)
     from dataclasses import replace
@@ -151,38 +177,48 @@ def spoken(targets: Targets, row: int) -> list[int]:
     return targets.continuation[row, : targets.position_mask[row].sum() - 1].tolist()
 
 
-def answer_targets(
-    model: nn.Module, tokenizer, queries: Sequence[Query], settings: TrainSettings, method: Method, head
-) -> Targets:
-    """Answers as targets: see `targets_of`."""
-    import mlx.core as mx
+def given_labels(
+    tokenizer, queries: Sequence[Query], settings: TrainSettings
+) -> tuple[list[list[int]], list[list[int] | None]]:
+    """Prompts and answers in tokens, a row each, as far as they are known without the model; None: its own answer.
 
-    from .baselines import Answers, token_log_probs
+    With labels "both", F rows more: the refusals of the forget queries.
+
+    Raises:
+        DataError: an answer that is too long behind its question; one of the model's own is known to fit.
+    """
     from .probe import answer_ids
 
-    refusals = refusals_of(settings)
+    method, refusals = METHODS[settings.method], refusals_of(settings)
     prompts = [render(tokenizer, query.question, place=query.place) for query in queries]
-    labels: list[list[int]] = [[] for _ in queries]
-    own = []
-    for i, query in enumerate(queries):
+    labels: list[list[int] | None] = []
+    for query in queries:
+        text = gold_answer(query) or "" if settings.answers == "gold" else None
         if query.role == "forget" and method.labels == "refusals":
-            labels[i] = answer_ids(tokenizer, in_turn(query, refusals))
-        elif settings.answers == "gold":
-            labels[i] = answer_ids(tokenizer, gold_answer(query) or "")
-        else:
-            own.append(i)
-    said = base_answers(model, tokenizer, [prompts[i] for i in own], settings.answer_tokens, head)
-    for i, words in zip(own, said, strict=True):
-        labels[i] = words
+            text = in_turn(query, refusals)
+        labels.append(None if text is None else answer_ids(tokenizer, text))
     if method.labels == "both":
         forget = [i for i, query in enumerate(queries) if query.role == "forget"]
         labels += [answer_ids(tokenizer, in_turn(queries[i], refusals)) for i in forget]
         prompts += [prompts[i] for i in forget]
         queries = [*queries, *(queries[i] for i in forget)]
     for query, prompt, words in zip(queries, prompts, labels, strict=True):
-        place = query.place or query.id
-        check_fits(place, query.question, len(prompt), len(words), "--max-seq-length", settings.max_seq_length)
+        if words is not None:
+            place = query.place or query.id
+            check_fits(place, query.question, len(prompt), len(words), "--max-seq-length", settings.max_seq_length)
+    return prompts, labels
 
+
+def answer_targets(model: nn.Module, tokenizer, queries: Sequence[Query], settings: TrainSettings, head) -> Targets:
+    """Answers as targets: see `targets_of`."""
+    import mlx.core as mx
+
+    from .baselines import Answers, token_log_probs
+
+    prompts, given = given_labels(tokenizer, queries, settings)
+    own = [prompt for prompt, words in zip(prompts, given, strict=True) if words is None]
+    said = iter(base_answers(model, tokenizer, own, settings.answer_tokens, head))
+    labels = [next(said) if words is None else words for words in given]
     n = max(map(len, labels))
     ids = np.zeros((len(labels), n, 1), dtype=np.int32)
     mask = np.zeros((len(labels), n), dtype=bool)

@@ -137,6 +137,19 @@ def forced_logits(
         yield rows, logits
 
 
+def vocabulary_of(model: nn.Module, k: int) -> int:
+    """V of a model that is to have k candidates at each position. Raises ConfigError: k over V."""
+    import mlx.core as mx
+
+    from .head import logits_at
+
+    token = mx.array([[0]])
+    vocabulary = logits_at(model, token, token).shape[-1]  # a shape, which takes no computation
+    if not 1 <= k <= vocabulary:
+        raise ConfigError(f"--top-k {k}: expected 1 to {vocabulary}, the model's vocabulary")
+    return vocabulary
+
+
 def teacher_targets(
     model: nn.Module,
     tokenizer,
@@ -156,18 +169,14 @@ def teacher_targets(
         ConfigError: K over V, n < 1.  ContextError: an unknown context, or one that cannot be rendered.
         TrainingError: the teacher's logits are not finite.
     """
-    import mlx.core as mx
     from tqdm import tqdm
 
     from .generate import decode, stop_ids
-    from .head import logits_at
 
     n, k, count = settings.positions, settings.top_k, len(queries)
     if n < 1:
         raise ConfigError(f"--positions {n}: expected 1 or more")
-    vocabulary = logits_at(model, mx.array([[0]]), mx.array([[0]])).shape[-1]
-    if not 1 <= k <= vocabulary:
-        raise ConfigError(f"--top-k {k}: expected 1 to {vocabulary}, the model's vocabulary")
+    vocabulary = vocabulary_of(model, k)
     union = settings.candidates == "union"
     width = 2 * k if union else k
     ids = np.zeros((count, n, width), dtype=np.int32)

@@ -24,7 +24,7 @@ from .data import Query, check_disjoint, digest, load_queries, spread
 from .errors import TrainingError, run_cli
 from .files import folder_for_adapter, only_run_in, write_text
 from .kept_targets import manifest, saved_or_built
-from .labels import asked_of, check_answers, check_method, targets_of
+from .labels import asked_of, check_answers, check_model, targets_of
 from .loop import checkpointed, make_optimizer, make_step, run_steps
 from .methods import METHODS, method_loss, reads_retain
 from .resume import check_fits, cut_log, going_on
@@ -99,26 +99,20 @@ def _read(
 
     from .generate import can_branch, takes_row_masks
     from .head import check_head
-    from .model import check_lora, load_model, lora_keys, on_gpu, outside_layers, window
+    from .model import load_model, on_gpu, window
 
     make_optimizer(settings)  # a schedule that cannot be built is better known before the teacher is read
     mx.random.seed(settings.seed)
     if not on_gpu() and BLAS is None and sys.platform == "linux":
         print("note: no OpenBLAS found (Debian: libopenblas0-pthread); matrix products will be about 40 times slower")
     model, tokenizer, folder = load_model(settings.model, trust_remote_code=settings.trust_remote_code)
-    check_lora(model, settings.num_layers, settings.lora_parameters["rank"])
-    keys = lora_keys(model, settings.lora_parameters["keys"])
     check_lengths(tokenizer, queries + valid, contexts, settings, window(folder))
+    found = check_head(model, mx.array([render(tokenizer, queries[0].question)]))
+    keys, head = check_model(settings, model, found)
     if settings.resume_adapter_file:  # refused before the targets of the run that was saved are replaced
         layers = len(model.layers) if settings.num_layers == -1 else settings.num_layers
         described = manifest(model, tokenizer, queries, contexts, settings, asked_of(queries, settings))
         going_on(settings.resume_adapter_file, adapter_config(settings, folder, described, keys, layers))
-    head, reason = check_head(model, mx.array([render(tokenizer, queries[0].question)]))
-    if adapted_head := outside_layers(model, keys):
-        head, reason = None, f"LoRA is asked for on {', '.join(adapted_head)}"
-    if head is None:
-        print(f"note: full head instead of K rows ({reason})")
-    check_method(settings, model, head)
     if not can_branch(model):
         print("note: each prompt is read whole (a cache that rotates or holds a state cannot be shared)")
     elif not takes_row_masks(model):

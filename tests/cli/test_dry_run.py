@@ -32,6 +32,22 @@ def test_what_does_not_fit_is_refused_with_what_to_lower(refused, quick, monkeyp
     refused("train", *quick, "--dry-run", says=said)
 
 
+def test_what_the_model_does_not_allow_is_refused_as_by_the_run(refused, quick):
+    for flags, says in (
+        (["--top-k", 99999], ("--top-k 99999", "1 to 320", "vocabulary")),
+        (["--num-layers", 7], ("--num-layers 7", "the model has 2")),
+        (["--lora-parameters", "keys=[q]"], ("lora_parameters keys", "'q'", "self_attn.q_proj")),
+        (["--lora-parameters", "rank=999"], ("lora_parameters rank", "999", "above 128")),
+    ):
+        refused("train", *quick, *flags, "--dry-run", says=says)
+
+
+def test_a_head_that_cannot_be_called_apart_is_noted_as_by_the_run(command, quick):
+    ended = command("train", *quick, "--dry-run", "--lora-parameters", "keys=[model.embed_tokens]")
+    assert ended.code == 0 and ended.out.endswith("this fits\n"), ended
+    assert ended.out.startswith("note: full head instead of K rows (LoRA is asked for on model.embed_tokens)")
+
+
 def test_a_folder_without_config_is_named(refused, quick, tmp_path):
     (tmp_path / "empty").mkdir()
     quick[quick.index("--model") + 1] = str(tmp_path / "empty")

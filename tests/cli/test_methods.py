@@ -143,6 +143,12 @@ def test_what_a_method_lacks_is_said_before_training(refused, quick, tmp_path, c
     assert not (tmp_path / "adapters" / "targets.safetensors").exists()
 
 
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_dry_run_refuses_what_the_run_would(refused, quick, case):
+    flags, says = REFUSED[case]
+    refused("train", *answered(quick), *flags, "--dry-run", says=says)
+
+
 def test_the_teacher_of_a_method_without_one_is_refused(refused, quick):
     refused("teacher", *quick, "--method", "npo", says=("--method npo", "no teacher"))
 
@@ -180,4 +186,5 @@ def test_an_answer_longer_than_max_seq_length_is_named(refused, quick, tmp_path)
             flags, f"--{role}", str(write_questions(tmp_path / f"{role}.jsonl", QUESTIONS[role], answer=long))
         )
     more = ["--method", "graddiff", "--answers", "gold", "--max-seq-length", 100]
-    refused("train", *answered(flags), *more, says=("retain.jsonl:1", "--max-seq-length of 100"))
+    for mode in ([], ["--dry-run"]):
+        refused("train", *answered(flags), *more, *mode, says=("retain.jsonl:1", "--max-seq-length of 100"))
