@@ -26,7 +26,6 @@ from .errors import ConfigError, DataError, DuetError, ModelError, TrainingError
 from .evaluate import UNLEARNED, EvaluateSettings, check_questions, check_settings
 from .files import as_json, make_folder, new_name, only_run_in, write_text
 from .groups import GROUPS, groups_of
-from .methods import METHODS
 from .metrics import FORGET, TRAINED
 from .report import load_beside
 from .settings import parse, read_yaml, require
@@ -197,7 +196,7 @@ def check_methods(trials: Sequence[Trial]) -> str:
     """
     import mlx.core as mx
 
-    from .head import check_head, logits_at
+    from .head import check_head
     from .labels import check_method, refusals_of
     from .loop import make_optimizer
     from .model import check_lora, load_model, lora_keys, outside_layers, weights_hash, window
@@ -206,14 +205,12 @@ def check_methods(trials: Sequence[Trial]) -> str:
     first = trials[0].settings
     model, tokenizer, folder = load_model(first.model, trust_remote_code=first.trust_remote_code)
     head, _ = check_head(model, mx.array([[0]]))
-    vocabulary, read = logits_at(model, mx.array([[0]]), mx.array([[0]])).shape[-1], set()
+    read = set()
     for trial in trials:
         s = trial.settings
         try:
             make_optimizer(s)
             refusals_of(s)
-            if METHODS[s.method].frozen == "candidates" and s.top_k > vocabulary:
-                raise ConfigError(f"--top-k {s.top_k}: expected 1 to {vocabulary}, the model's vocabulary")
             check_lora(model, s.num_layers, s.lora_parameters["rank"])
             keys = lora_keys(model, s.lora_parameters["keys"])
             check_method(s, model, None if outside_layers(model, keys) else head)
