@@ -26,6 +26,7 @@ from .errors import ConfigError, DataError, DuetError, ModelError, TrainingError
 from .evaluate import UNLEARNED, EvaluateSettings, check_questions, check_settings
 from .files import as_json, make_folder, new_name, only_run_in, write_text
 from .groups import GROUPS, groups_of
+from .methods import METHODS
 from .metrics import FORGET, TRAINED
 from .report import load_beside
 from .settings import parse, read_yaml, require
@@ -197,7 +198,7 @@ def check_methods(trials: Sequence[Trial]) -> str:
     import mlx.core as mx
 
     from .head import check_head
-    from .labels import check_method, refusals_of
+    from .labels import check_method, given_labels
     from .loop import make_optimizer
     from .model import check_lora, load_model, lora_keys, outside_layers, weights_hash, window
     from .teacher import check_lengths
@@ -210,14 +211,16 @@ def check_methods(trials: Sequence[Trial]) -> str:
         s = trial.settings
         try:
             make_optimizer(s)
-            refusals_of(s)
             check_lora(model, s.num_layers, s.lora_parameters["rank"])
             keys = lora_keys(model, s.lora_parameters["keys"])
             check_method(s, model, None if outside_layers(model, keys) else head)
-            if (asked := str([reads(s), s.positions, s.answer_tokens, s.max_seq_length, s.retain_context])) not in read:
+            words = (s.positions, s.answer_tokens, s.max_seq_length, s.retain_context, s.refusals)
+            if (asked := str([reads(s), words])) not in read:
                 read.add(asked)
                 queries, valid, contexts = read_questions(s)
                 check_lengths(tokenizer, queries + valid, contexts, s, window(folder))
+                if METHODS[s.method].labels != "teacher":
+                    given_labels(tokenizer, queries, s)
         except DuetError as error:
             raise type(error)(f"methods {trial.name}{f' {trial.values}' if trial.values else ''}: {error}") from error
     return weights_hash(model)
