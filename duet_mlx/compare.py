@@ -28,6 +28,7 @@ from .files import as_json, make_folder, new_name, only_run_in, write_text
 from .groups import GROUPS, groups_of
 from .methods import METHODS
 from .metrics import FORGET, TRAINED
+from .provenance import provenance
 from .report import load_beside
 from .settings import parse, read_yaml, require
 from .train import read_questions
@@ -41,7 +42,7 @@ def main() -> None:
     """Run what has not been run, then show the table."""
     settings = parse(CompareSettings, "python -m duet_mlx.compare", __doc__ or "")
     results = compare(settings)
-    print(results["table"] or f"{', '.join(settings.only)}: run; the same command without --only makes the table")
+    print(results["table"] or f"{', '.join(settings.only)}: done; the same command without --only makes the table")
     for failed in results["failed"]:
         print(f"failed: {failed['name']} {failed['values']}: {failed['reason']}")
 
@@ -90,6 +91,10 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     asked_in_both = {*map(file_hash, chosen_by)} & {*map(file_hash, (*test.forget, *test.retain, *test.neighbours))}
     if asked_in_both and any(chosen_from(settings, of) for of in grids.values()):
         note("note: the best settings are chosen by questions of the test: valid_forget or valid_retain name its files")
+    if test.neighbours and not settings.valid_neighbours and any(chosen_from(settings, of) for of in grids.values()):
+        note(
+            "note: the test has neighbours and the choice has none: name their validation files in valid_neighbours too"
+        )
     grids, swept = (
         {name: [trial._replace(base=base) for trial in trials] for name, trials in part.items()}
         for part in (grids, swept)
@@ -252,7 +257,9 @@ def choose(
                 shifts.append((trial, shift(evaluated(trial, shown, "valid"), UNLEARNED) or 0.0))
         tried[name] = [(trial.values, found) for trial, found in shifts]
         if shifts:
-            chosen.append(max(shifts, key=lambda one: one[1])[0])  # of equal ones the first
+            best, found = max(shifts, key=lambda one: one[1])  # of equal ones the first
+            chosen.append(best)
+            note(f"{name}: {best.values or 'its one trial'} is the best of {len(shifts)}, shift {found:.1f}")
     return chosen, failed, tried
 
 
@@ -326,6 +333,7 @@ def gather(
     results = {
         "meta": {
             "settings": asdict(settings),
+            "made_on": provenance(),
             "tried": {name: [{**values, "shift": found} for values, found in of] for name, of in tried.items()},
             "runs": [{"name": r.name, **r.values, "seed": r.seed, **r.cost} for r in (*shown, *swept, *again)],
         },
@@ -347,6 +355,7 @@ def gather(
         picture(results, *pictures)
     if swept:
         ablations_picture(swept, *of_sweeps)
+    note(f"{out}: table.md, results.json, {', '.join(file.name for file in (*pictures, *of_sweeps) if file.exists())}")
     return results
 
 

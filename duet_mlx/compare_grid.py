@@ -162,6 +162,9 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
     lora = TrainSettings().lora_parameters
     inner: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
+        listed = [k for k, v in value.items() if isinstance(v, list) and k != "keys"] if isinstance(value, dict) else []
+        if key.endswith("_parameters") and listed:
+            raise ConfigError(f"methods {name}: {key}: {listed[0]}: a list; to try its values, put it beside {key}")
         if key in known - NOT_FOR_A_GRID:
             over[key] = value
         elif key in METHODS[method].defaults or key in lora:
@@ -170,8 +173,9 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
         elif key in NOT_FOR_A_GRID:
             raise ConfigError(f"methods {name}: {key}: each run has its own; take it out")
         else:
-            names = [*known, *METHODS[method].defaults, *lora]
-            raise ConfigError(f"methods {name}: unknown setting {key!r}{nearest(str(key), names)}")
+            own = ", ".join(METHODS[method].defaults) or "no numbers"
+            hint = nearest(str(key), [*known, *METHODS[method].defaults, *lora])
+            raise ConfigError(f"methods {name}: unknown setting {key!r}{hint}; {method} has {own} of its own")
     for group, given in inner.items():  # beside those of a whole group, wherever that stands
         whole = over.get(group, shared.get(group) or {})
         over[group] = {**whole, **given} if isinstance(whole, dict) else whole
@@ -179,6 +183,8 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
     place = f"methods {name}{f' {apart}' if apart else ''}"
     folder = folder_of(settings, name) / _file_name(",".join(f"{key}={value}" for key, value in apart.items()))
     over |= {"adapter_path": str(folder / "adapters"), "resume_adapter_file": None, "dry_run": False}
+    if "steps_per_eval" not in {*shared, *over}:
+        over["steps_per_eval"] = 0  # it chooses by evaluations of its own, and watching would count as time
     try:
         parsed = parse_settings("python -m duet_mlx.train", "Train.", ["-c", settings.train], over, place)
     except ConfigError as error:

@@ -203,16 +203,20 @@ def _note_other_code() -> None:
 
 
 def _lend_answers(trial: Trial, out: Path) -> None:
-    """Copy what the base answered from the last evaluation of the same name; `evaluate` takes it only if it fits.
+    """Copy what the base answered last in an evaluation of the same name; `evaluate` takes it only if it fits.
 
     Of a run that is a copy of another, also what the model answered there.
     """
-    if (out / KEPT).exists():
-        return
-    if (of_same := Path(json_of(trial.folder / "run.json").get("same_as", ""), out.name, KEPT)).is_dir():
+    if (
+        not (out / KEPT).exists()
+        and (of_same := Path(json_of(trial.folder / "run.json").get("same_as", ""), out.name, KEPT)).is_dir()
+    ):
         return _copy(of_same.glob("*"), out / KEPT)
-    for folder in _newest_first(_runs(trial).glob(f"**/{out.name}/{KEPT}"))[:1]:
-        _copy((file for file in folder.glob("*") if UNLEARNED not in file.name), out / KEPT)
+    newest: dict[str, Path] = {}
+    for file in _newest_first(_runs(trial).glob(f"**/{out.name}/{KEPT}/*")):
+        newest.setdefault(file.name, file)
+    lent = (file for name, file in newest.items() if UNLEARNED not in name and file.parent != out / KEPT)
+    _copy(lent, out / KEPT)
 
 
 def json_of(path: Path) -> dict[str, Any]:

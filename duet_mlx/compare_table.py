@@ -20,6 +20,8 @@ COLUMNS = (
     ("general ↑", GENERAL, "f1"),
     ("broken, forget ↓", FORGET, "broken"),
     ("broken, general ↓", GENERAL, "broken"),
+    ("perplexity, forget ↓", FORGET, "perplexity"),
+    ("perplexity, general ↓", GENERAL, "perplexity"),
 )
 # What stands for a benchmark: TOFU's two figures of the whole and MUSE's, and one of each group of the others.
 WHOLE = {"model_utility": "model utility ↑", "forget_quality": "forget quality ↑", "privleak": "PrivLeak (0 is best)"}
@@ -108,7 +110,9 @@ def report_of(
 ) -> str:
     """table.md: the methods, those of them with other seeds, and the sweeps, asked so many `questions` of each role."""
     parts = [*table_of(rows, shown), ""] if shown else []
-    parts += [LEGEND, *seeds_of(rows, shown, again)]
+    sizes = {row["group"]: row["n"] for row in rows if (row["model"], row["metric"]) == (BASE, "broken")}
+    counts = ", ".join(f"{size} {group}" for group, size in sizes.items() if "reverse" not in group)
+    parts += [f"{LEGEND} Questions: {counts}." if counts else LEGEND, *seeds_of(rows, shown, again)]
     if failed:
         parts += ["", *(f"- Failed: {one['name']} {one['values'] or ''}: {one['reason']}" for one in failed)]
     if swept:
@@ -181,7 +185,11 @@ def seeds_of(rows: Sequence[Row], shown: Sequence[Result], again: Sequence[Resul
             shifts = [shift(run.rows, UNLEARNED) for run in runs]
             seeds = ", ".join(str(run.seed) for run in runs)
             lines.append([one.label, seeds, *(_range(of, 2) for of in figures), _range(shifts, 1)])
-    return ["", "Other seeds of the best, mean [lowest, highest]:", "", *markdown(lines)] if lines[1:] else []
+    return (
+        ["", "Several seeds of the best by their validation shift, mean [lowest, highest]:", "", *markdown(lines)]
+        if lines[1:]
+        else []
+    )
 
 
 def _range(values: Sequence[float | None], digits: int) -> str:

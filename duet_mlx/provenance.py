@@ -27,8 +27,6 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
     Args:
         questions: how many each group has.  prompts: the reverse prompts.
     """
-    import mlx.core as mx
-
     files: dict[str, Sequence[str]] = {}
     for name in GROUPS:
         files[name] = getattr(settings, name)
@@ -36,7 +34,6 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
     for name in ("context", "reverse_prompts"):
         path = getattr(settings, name)
         files[name] = (path,) if path is not None and path not in READY else ()
-    packages = ("mlx", "mlx-lm", "numpy", "rouge-score", "transformers")
     return {
         "model": settings.model,
         "adapter": settings.adapter_path,
@@ -45,6 +42,16 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
         "reverse_prompts": prompts,
         "settings": asdict(settings),
         "metrics": {metric.key: metric.definition for metric in measures.MEASURES},
+        **provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what computes, and the machine."""
+    import mlx.core as mx
+
+    packages = ("mlx", "mlx-lm", "numpy", "rouge-score", "transformers")
+    return {
         "versions": {
             "duet-mlx": __version__,
             "python": platform.python_version(),

@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from duet_mlx.compare import asked_of_sweeps, check_inputs, choose, evaluation_of, gather, validation_of
+from duet_mlx.compare import (
+    asked_of_sweeps,
+    check_inputs,
+    check_methods,
+    choose,
+    evaluation_of,
+    gather,
+    validation_of,
+)
 from duet_mlx.compare_grid import CompareSettings, all_trials
 from duet_mlx.compare_runs import _copy, json_of, newer
 from duet_mlx.errors import ConfigError
@@ -305,6 +315,19 @@ def test_a_file_that_is_not_ours_counts_as_none(tmp_path, content):
     assert json_of(tmp_path / "run.json").get("settings") is None
 
 
+def test_the_base_is_asked_once_for_all_runs_also_when_the_questions_have_changed(command, comparison, tmp_path):
+    near = str(write_questions(tmp_path / "near.jsonl", ["Who owns the grey cat?"]))
+    config = comparison({"npo": TRIED, "ga": TRIED})
+    assert command("compare", "-c", config).code == 0
+    test = yaml.safe_load((tmp_path / "evaluate.yaml").read_text())
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump({**test, "neighbours": near, "max_tokens": 5}))
+    ended = command("compare", "-c", config)
+    assert ended.code == 0 and "the test has neighbours and the choice has none" in ended.err
+    said = [line for line in ended.err.splitlines() if line.startswith("base: ")]
+    assert sum(" answers in " in line for line in said) == 2, said  # of four validations one, of two tests one
+    assert "is the best of 2, shift" in ended.err and "table.md, results.json, results.png" in ended.err
+
+
 def test_a_run_whose_adapter_is_gone_is_made_again(command, comparison, tmp_path):
     config = comparison({"duet": None})
     assert command("compare", "-c", config).code == 0
@@ -365,7 +388,7 @@ def test_parts_run_in_several_processes_are_gathered_by_one_and_nothing_is_run_a
     ]  # fmt: skip
     said = [part.communicate()[0] for part in parts]
     assert [part.returncode for part in parts] == [0, 0], said
-    assert "duet, K: run; the same command without --only" in said[0]
+    assert "duet, K: done; the same command without --only" in said[0]
     assert "== duet" in said[0] and "== duet" not in said[1] and "== npo" in said[1] and "== K" not in said[1]
     assert not (tmp_path / "out" / "results.json").exists()
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -464,6 +487,27 @@ def test_quick_runs_the_first_trial_of_each_grid_with_its_own_settings(command, 
     ]  # fmt: skip
 
 
+def test_the_pages_own_comparison_is_accepted(tmp_path, monkeypatch):
+    model = tiny_model(tmp_path / "model", max_position_embeddings=2048)
+    page = (ROOT / "examples" / "compare" / "README.md").read_text(encoding="utf-8")
+    for name, text in re.findall(r"    # (\w+\.yaml)\n((?:    .*\n)+)", page):
+        text = textwrap.dedent(text).replace("mlx-community/Llama-3.2-3B-Instruct-4bit", str(model))
+        (tmp_path / name).write_text(text.replace("examples/", f"{ROOT}/examples/"))
+    for kind in ("", "valid_", "test_"):
+        for role in ("forget", "general", "near"):
+            questions = [f"Who has the {role} {thing} of {kind or 'the'} school?" for thing in ("owl", "map", "cat")]
+            write_questions(tmp_path / f"{kind}{role}.jsonl", questions)
+    monkeypatch.chdir(tmp_path)
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", "compare.yaml"])
+    trials = {name: trials for part in all_trials(settings) for name, trials in part.items()}
+    assert {name: len(of) for name, of in trials.items()} == {
+        "duet": 4, "npo": 4, "refusal, retain kl": 4, "context": 0, "DUET, K": 2
+    }  # fmt: skip
+    all_of_them = [trial for of in trials.values() for trial in of]
+    check_inputs(settings, all_of_them, evaluation_of(settings))
+    check_methods(all_of_them)
+
+
 BAD = {
     "unlike budgets": ({"duet": TRIED, "npo": {"beta": [0.1, 0.2, 0.3]}}, {}, ("duet 2, npo 3", "as many")),
     "an unknown method": ({"dpoo": {}}, {}, ("dpoo", "duet")),
@@ -493,6 +537,7 @@ BAD = {
     "an adapter of a run's own": ({"npo": {"resume_adapter_file": "a"}}, {}, ("methods npo", "resume_adapter_file")),
     "the name of a row": ({"base": {"method": "duet"}}, {}, ("'base'", "another name")),
     "names of one folder": ({"a/b": {"method": "duet"}, "A:b": {"method": "npo"}}, {}, ("'A:b'", "share a folder")),
+    "a list inside": ({"npo": {"method_parameters": {"beta": [0.1, 1.0]}}}, {}, ("npo: method_parameters: beta",)),
     "one number twice": ({"npo": {"learning_rate": ["1e-3", 0.001]}}, {}, ("npo: learning_rate", "twice")),
     "several methods": ({"all": {"method": ["duet", "npo"]}}, {}, ("methods all", "['duet', 'npo']")),
     "a number for a name": ({8: {"method": "duet"}}, {}, ("found 8", "quotes")),

@@ -721,8 +721,8 @@ BACKEND = (
     Mutant(
         "duet_mlx/compare.py",
         "the worst trial on validation is reported",
-        "chosen.append(max(shifts,",
-        "chosen.append(min(shifts,",
+        "best, found = max(shifts,",
+        "best, found = min(shifts,",
         "tests/cli/test_compare.py::test_the_best_on_validation_is_chosen_and_of_equals_the_first",
     ),
     # --- the benchmarks' metrics, and how their questions are asked
