@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from duet_mlx import answers, kept_answers
+from duet_mlx import answers
 from duet_mlx import evaluate as ev
 from duet_mlx.kept_answers import KeptAnswers, Unit
 from tests.tiny_model import contents, tiny_model, write_questions
@@ -202,7 +202,7 @@ def test_answers_are_never_stale(what, settings, model, tmp_path, monkeypatch, c
     elif what == "model":
         settings = replace(settings, model=str(tiny_model(tmp_path / "other", seed=3)))
     elif what == "code":
-        monkeypatch.setattr(kept_answers, "code_hash", lambda: "another")
+        monkeypatch.setattr("duet_mlx.evaluate.code_hash", lambda: "another")
     else:
         import shutil
 

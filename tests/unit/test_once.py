@@ -80,7 +80,7 @@ def test_one_that_was_cut_off_is_gone_on_with(there, capsys):
 
 def test_two_that_are_set_aside_in_one_second_have_two_names(there, monkeypatch):
     settings, folder = there
-    monkeypatch.setattr("duet_mlx.once.time.strftime", lambda form: "now")
+    monkeypatch.setattr("duet_mlx.files.time.strftime", lambda form: "now")
     train_once(replace(settings, iters=6))
     train_once(replace(settings, iters=5))
     assert sorted(path.name for path in folder.parent.glob("run-until-*")) == ["run-until-now", "run-until-now-2"]
