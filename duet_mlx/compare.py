@@ -87,14 +87,8 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     check_validation(settings, grids)
     test = check_inputs(settings, trials, test)
     base = check_methods(trials)
-    chosen_by = {f for s in (t.settings for t in trials) for f in (*s.valid_forget, *s.valid_retain)}
-    asked_in_both = {*map(file_hash, chosen_by)} & {*map(file_hash, (*test.forget, *test.retain, *test.neighbours))}
-    if asked_in_both and any(chosen_from(settings, of) for of in grids.values()):
-        note("note: the best settings are chosen by questions of the test: valid_forget or valid_retain name its files")
-    if test.neighbours and not settings.valid_neighbours and any(chosen_from(settings, of) for of in grids.values()):
-        note(
-            "note: the test has neighbours and the choice has none: name their validation files in valid_neighbours too"
-        )
+    if any(chosen_from(settings, of) for of in grids.values()):
+        note_choice(settings, trials, test)
     grids, swept = (
         {name: [trial._replace(base=base) for trial in trials] for name, trials in part.items()}
         for part in (grids, swept)
@@ -157,6 +151,17 @@ def check_validation(settings: CompareSettings, grids: dict[str, list[Trial]]) -
                 raise ConfigError(f"--valid-neighbours {strange[0]}: is none of {name}'s valid_retain files")
 
 
+def note_choice(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> None:
+    """Say where settings are chosen by other means than they should be: by the test itself, or without neighbours."""
+    chosen_by = {f for s in (t.settings for t in trials) for f in (*s.valid_forget, *s.valid_retain)}
+    if {*map(file_hash, chosen_by)} & {*map(file_hash, (*test.forget, *test.retain, *test.neighbours))}:
+        note("note: the best settings are chosen by questions of the test: valid_forget or valid_retain name its files")
+    if test.neighbours and not settings.valid_neighbours:
+        note(
+            "note: the test has neighbours and the choice has none: name their validation files in valid_neighbours too"
+        )
+
+
 def chosen_from(settings: CompareSettings, trials: Sequence[Trial]) -> bool:
     """Whether the trials of a method are asked the validation questions."""
     return len(trials) > 1 or settings.seeds > 1
@@ -203,22 +208,19 @@ def check_methods(trials: Sequence[Trial]) -> str:
     import mlx.core as mx
 
     from .head import check_head
-    from .labels import check_method, given_labels
+    from .labels import check_model, given_labels
     from .loop import make_optimizer
-    from .model import check_lora, load_model, lora_keys, outside_layers, weights_hash, window
+    from .model import load_model, weights_hash, window
     from .teacher import check_lengths
 
     first = trials[0].settings
     model, tokenizer, folder = load_model(first.model, trust_remote_code=first.trust_remote_code)
-    head, _ = check_head(model, mx.array([[0]]))
-    read = set()
+    found, read = check_head(model, mx.array([[0]])), set()
     for trial in trials:
         s = trial.settings
         try:
             make_optimizer(s)
-            check_lora(model, s.num_layers, s.lora_parameters["rank"])
-            keys = lora_keys(model, s.lora_parameters["keys"])
-            check_method(s, model, None if outside_layers(model, keys) else head)
+            check_model(s, model, found)
             words = (s.positions, s.answer_tokens, s.max_seq_length, s.retain_context, s.refusals)
             if (asked := str([reads(s), words])) not in read:
                 read.add(asked)

@@ -86,11 +86,7 @@ def evaluate(settings: EvaluateSettings, pictures: bool = True) -> dict[str, Any
         KeyboardInterrupt: with a line that says how to go on.
     """
     check_settings(settings)
-    prompts = reverse_prompts(settings.reverse_prompts)
-    groups = groups_of(settings)
-    benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
-    asked = all_asked(settings, groups, prompts)
-    contexts = contexts_of(settings, groups.get(FORGET, []) + groups.get(TRAINED, []))
+    groups, prompts, asked, contexts, benchmarks = _read(settings)
     beside, metas = report.load_beside(settings.beside, (BASE, IN_CONTEXT, UNLEARNED, RETRAINED))
     for folder in (Path(settings.out), Path(settings.out) / KEPT):
         make_folder(folder, f"--out {settings.out}")
@@ -167,24 +163,24 @@ def check_questions(settings: EvaluateSettings) -> None:
     """
     from .model import load_tokenizer
 
-    groups = groups_of(settings)
-    asked = all_asked(settings, groups, reverse_prompts(settings.reverse_prompts))
-    contexts = contexts_of(settings, groups.get(FORGET, []) + groups.get(TRAINED, []))
-    benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
+    _, _, asked, contexts, benchmarks = _read(settings)
     tokenizer, folder = load_tokenizer(settings.model, settings.trust_remote_code)
     _all_prompts(settings, asked, contexts, benchmarks, tokenizer, folder)
 
 
-def all_asked(
-    settings: EvaluateSettings, groups: dict[str, list[Query]], reverse: list[tuple[str, str]]
-) -> list[Asked]:
-    """Every question of every group, then what is held out behind each (place, reverse prompt)."""
+def _read(
+    settings: EvaluateSettings,
+) -> tuple[dict[str, list[Query]], list[tuple[str, str]], list[Asked], list[Context], Benchmarks]:
+    """The groups, the (place, reverse prompt), every question that is asked, the contexts, and the benchmarks."""
+    prompts = reverse_prompts(settings.reverse_prompts)
+    groups = groups_of(settings)
+    benchmarks = load_benchmarks(settings.benchmark, settings.benchmark_questions)
     asked = [Asked(group, query) for group, queries in groups.items() for query in queries]
-    forget = groups.get(FORGET, [])
+    forget = groups.get(FORGET, [])  # what is held out is asked behind reverse prompts
     behind = spread(forget, min(settings.reverse_questions, len(forget)), "--reverse-questions")
-    for number, (place, prompt) in enumerate(reverse, 1):
+    for number, (place, prompt) in enumerate(prompts, 1):
         asked += [Asked(f"{FORGET}, reverse {number}", query, prompt, place) for query in behind]
-    return asked
+    return groups, prompts, asked, contexts_of(settings, forget + groups.get(TRAINED, [])), benchmarks
 
 
 def contexts_of(settings: EvaluateSettings, forget: list[Query]) -> list[Context]:

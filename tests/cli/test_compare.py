@@ -343,7 +343,8 @@ def test_a_name_of_many_files_is_cut_and_still_that_of_one_run_alone(comparison,
     config = comparison({"npo": None}, sweeps={"near": {"method": "duet", "neighbours": [near[:2], near[1:], near]}})
     _, sweeps = all_trials(parse(CompareSettings, "compare", "Compare.", ["-c", str(config)]))
     for trial in sweeps["near"]:
-        trial.folder.mkdir(parents=True)  # a disk takes the name, and none twice
+        trial.folder.mkdir(parents=True)  # a disk takes the name
+    assert len({trial.folder for trial in sweeps["near"]}) == 3 and all(t.folder.is_dir() for t in sweeps["near"])
 
 
 def test_a_run_can_be_repeated_by_its_own_config_to_the_same_bytes(command, comparison, tmp_path):
