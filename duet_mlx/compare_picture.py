@@ -21,6 +21,7 @@ MEASURES = (
 )
 OWN = "vDP*X"  # groups of one's own
 PANELS = 4  # in a row
+CLOSE = 0.04  # points that share a text
 
 
 def methods_picture(rows: Sequence[Row], *paths: str | Path) -> None:
@@ -39,12 +40,20 @@ def methods_picture(rows: Sequence[Row], *paths: str | Path) -> None:
     points = points_of(rows)
     best = sorted((points[model] for model in front(points)), key=lambda point: (point[0], -point[1]))
     left.plot([x for x, _ in best], [y for _, y in best], color="0.6", linestyle=":", drawstyle="steps-pre")
-    for number, model in enumerate(models, 1):
-        if model in points:
-            left.plot(*points[model], "o", markersize=15, color="black" if points[model] in best else "0.75")
-            left.annotate(str(number), points[model], ha="center", va="center", color="white", fontsize=8)
+    numbered = {number: points[model] for number, model in enumerate(models, 1) if model in points}
+    for point in numbered.values():
+        left.plot(*point, "o", markersize=7, color="black" if point in best else "0.7")
+    while numbered:  # one text above all that lie close: numbers on each other could not be read
+        x, y = next(iter(numbered.values()))
+        close = [number for number, (a, b) in numbered.items() if max(abs(a - x), abs(b - y)) < CLOSE]
+        at = sum(numbered[number][0] for number in close) / len(close), max(numbered[number][1] for number in close)
+        left.annotate(
+            ", ".join(map(str, close)), at, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9
+        )
+        for number in close:
+            del numbered[number]
     left.set(
-        xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), title="What was forgotten, what was kept (black: on the front)",
+        xlim=(-0.1, 1.1), ylim=(-0.05, 1.1), title="What was forgotten, what was kept (black: on the front)",
         xlabel="forgotten: 1 - recall of the base's answers,\nreverse prompts included (right is better)",
         ylabel="kept: mean F1 of neighbours and general questions\n(up is better)",
     )  # fmt: skip
@@ -82,6 +91,7 @@ def ablations_picture(swept: Sequence[Result], *paths: str | Path) -> None:
         values = [", ".join(str(value) for value in run.values.values()) or "as given" for run in runs]
         axis.set_xticks(range(len(runs)), [legend_name(value) for value in values], fontsize=8)
         axis.set(xlim=(-0.5, len(runs) - 0.5), ylim=(-0.03, 1.03))
+        axis.set_xlabel(", ".join(runs[0].values), fontsize=8)
         axis.set_title(legend_name(name), fontsize=10)
         axis.grid(axis="y", color="0.9")
     for axis in axes.flat[len(names) :]:
