@@ -3,6 +3,7 @@
     python -m duet_mlx.compare -c examples/compare/config.yaml            # goes on where it was cut off
     python -m duet_mlx.compare -c examples/compare/config.yaml --quick    # a small form of it, into <out>-quick
     python -m duet_mlx.compare -c examples/compare/config.yaml --only duet npo    # a part: several at once share a GPU
+    python -m duet_mlx.compare -c examples/compare/config.yaml --dry-run  # what is there, and what is to come
 
 Each method has a grid of settings. Every trial is trained, and scored on the validation questions; the best one is
 asked the test questions. A sweep has a grid too, but each of its trials is asked some of them, for a table of its own.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compare_grid import CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
-from .compare_runs import evaluated, json_of, reads, run
+from .compare_runs import evaluated, is_there, json_of, reads, run, wanted
 from .compare_table import Result, points_of, report_of, rows_of, shift
 from .data import file_hash, load_queries
 from .errors import ConfigError, DataError, DuetError, ModelError, TrainingError, note, run_cli
@@ -50,7 +51,7 @@ def main() -> None:
 def compare(settings: CompareSettings) -> dict[str, Any]:
     """Run the trials that are not there yet, and write results.json, table.md and pictures; returns the first.
 
-    With --only its table is empty, and none of these is written.
+    With --only its table is empty, and none of these is written; with --dry-run it says what is to come.
 
     Raises:
         ConfigError, DataError, …: what is wrong with any run, before the first of them starts; ConfigError as well
@@ -66,7 +67,7 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
         whole = settings.out if Path(settings.out).name.strip(".") else str(Path(settings.out).resolve())
         settings = replace(settings, out=whole.rstrip("/") + "-quick", sweeps={}, seeds=1, trained=False, also=())
     with ExitStack() as held:
-        for name in names_to_run(settings):
+        for name in () if settings.dry_run else names_to_run(settings):
             folder = folder_of(settings, name)
             make_folder(folder, f"--out {settings.out}")
             held.enter_context(only_run_in(folder, "--out"))
@@ -94,6 +95,8 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
         for part in (grids, swept)
     )
     of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
+    if settings.dry_run:
+        return {"table": planned(settings, grids, swept, test, of_sweeps), "failed": []}
     earlier: LowerStates = {}
     chosen, failed, tried = choose(settings, grids, test, earlier)
 
@@ -165,6 +168,37 @@ def note_choice(settings: CompareSettings, trials: Sequence[Trial], test: Evalua
 def chosen_from(settings: CompareSettings, trials: Sequence[Trial]) -> bool:
     """Whether the trials of a method are asked the validation questions."""
     return len(trials) > 1 or settings.seeds > 1
+
+
+def planned(
+    settings: CompareSettings,
+    grids: dict[str, list[Trial]],
+    swept: dict[str, list[Trial]],
+    test: EvaluateSettings,
+    of_sweeps: EvaluateSettings,
+) -> str:
+    """What is there and what is to come, a line for each name, as --dry-run prints it."""
+    lines: list[str] = []
+    to_come: dict[str, int] = {}  # steps of each run, by what it reads
+    for name, trials in (grids | swept).items():
+        left = {json.dumps(wanted(trial)): trial.settings.iters for trial in trials if not is_there(trial)}
+        to_come |= left
+        if trials:
+            lines.append(f"{name}: {len(trials) - len(left)} of {len(trials)} runs there")
+    lines.append(f"to train: {len(to_come)} runs, {sum(to_come.values()):,} steps; the same run under two names is one")
+    if settings.seeds > 1 and not settings.only:
+        best, more = min(settings.best, sum(map(bool, grids.values()))), settings.seeds - 1
+        lines.append(f"then {best * more} more: the {best} best methods with {more} more seeds")
+
+    def count(asked: EvaluateSettings) -> int:
+        return sum(map(len, groups_of(asked).values()))
+
+    if tried := [trials for trials in grids.values() if trials and chosen_from(settings, trials)]:
+        lines.append(f"questions to choose by: {count(validation_of(settings, tried[0][0].settings, test))} a trial")
+    lines.append(f"questions of the test: {count(test)} a method, reverse prompts not counted")
+    if swept:
+        lines.append(f"questions of a run of a sweep: {count(of_sweeps)}")
+    return "\n".join(lines)
 
 
 def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> EvaluateSettings:

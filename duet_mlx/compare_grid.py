@@ -12,9 +12,10 @@ from .data import digest
 from .errors import ConfigError, nearest
 from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
 from .files import write_text
-from .methods import METHODS
+from .methods import METHODS, reads_retain, unread
+from .once import essence
 from .settings import read_yaml, setting
-from .train import TrainSettings, parse_settings
+from .train_settings import LORA, TrainSettings, parse_settings
 
 CONTEXT = "context"  # in-context unlearning: the base behind the context, nothing to train
 ROWS = (BASE, IN_CONTEXT, UNLEARNED, RETRAINED)  # what no method or sweep may be called
@@ -46,6 +47,7 @@ class CompareSettings:
     quick: bool = setting(False, "first trial of each grid, one seed, test questions alone, by quick_settings")
     quick_settings: dict = setting({"iters": 40}, "settings of duet_mlx.train for --quick")
     quick_evaluate: dict = setting({}, "settings of duet_mlx.evaluate for --quick")
+    dry_run: bool = setting(False, "check all, print which runs are there and which are to come, and stop")
     made_by: str = setting("", "command that makes the files that are read here; said where one of them is missing")
     out: str = setting("", "folder for the runs, results.json, table.md and pictures")
 
@@ -142,8 +144,22 @@ def grid_of(settings: CompareSettings, name: str, grid: Any) -> Grid:
 
 
 def trials_of(settings: CompareSettings, name: str, grid: Grid) -> list[Trial]:
-    """Each combination of a grid as a run. Raises ConfigError as `trial_of`, and for two that would share a folder."""
+    """Each combination of a grid as a run.
+
+    Raises:
+        ConfigError: as `trial_of`; two that would share a folder, or are one run; a setting without effect on any.
+    """
     trials = [trial_of(settings, name, grid.method, values, grid.varied) for values in grid.combinations]
+    for key in (settings.methods | settings.sweeps)[name] or {}:  # --quick's settings are for all methods
+        if trials and all(key in unread(trial.settings) for trial in trials):
+            kept = "" if reads_retain(trials[0].settings) else " at alpha 0"
+            raise ConfigError(f"methods {name}: {key}: {grid.method}{kept} does not read it; take it out")
+    for one, other in itertools.combinations(trials, 2):
+        if essence(one.settings) == essence(other.settings):
+            raise ConfigError(
+                f"methods {name}: {one.values} and {other.values} are one run, as {grid.method} reads them; each trial "
+                "is to be another"
+            )
     if pair := _alike({number: trial.folder for number, trial in enumerate(trials)}):
         one, other = (trials[number].values for number in pair)
         raise ConfigError(f"methods {name}: {one} and {other} would share a folder; rename a file, or use two entries")
@@ -159,7 +175,6 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
     shared = read_yaml(settings.train, "--train")
     over: dict[str, Any] = {"method": method}
     known = {field.name for field in fields(TrainSettings)}
-    lora = TrainSettings().lora_parameters
     inner: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         listed = [k for k, v in value.items() if isinstance(v, list) and k != "keys"] if isinstance(value, dict) else []
@@ -167,14 +182,14 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
             raise ConfigError(f"methods {name}: {key}: {listed[0]}: a list; to try its values, put it beside {key}")
         if key in known - NOT_FOR_A_GRID:
             over[key] = value
-        elif key in METHODS[method].defaults or key in lora:
+        elif key in METHODS[method].defaults or key in LORA:
             group = "method_parameters" if key in METHODS[method].defaults else "lora_parameters"
             inner.setdefault(group, {})[key] = _number(value)
         elif key in NOT_FOR_A_GRID:
             raise ConfigError(f"methods {name}: {key}: each run has its own; take it out")
         else:
             own = ", ".join(METHODS[method].defaults) or "no numbers"
-            hint = nearest(str(key), [*known, *METHODS[method].defaults, *lora])
+            hint = nearest(str(key), [*known, *METHODS[method].defaults, *LORA])
             raise ConfigError(f"methods {name}: unknown setting {key!r}{hint}; {method} has {own} of its own")
     for group, given in inner.items():  # beside those of a whole group, wherever that stands
         whole = over.get(group, shared.get(group) or {})

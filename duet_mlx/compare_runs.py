@@ -18,7 +18,7 @@ from .errors import DivergedError, note
 from .evaluate import UNLEARNED, EvaluateSettings, evaluate
 from .files import as_json, write_files, write_text
 from .kept_answers import code_hash
-from .methods import METHODS, states_of
+from .methods import METHODS, states_of, unread
 from .result_files import KEPT
 from .train_settings import TrainSettings
 
@@ -38,10 +38,7 @@ def run(trial: Trial, earlier: LowerStates) -> str:
 
     from .once import essence, train_once
 
-    s = trial.settings
-    files = [f for f in (*s.forget, *s.retain, *s.neighbours, s.context, s.refusals) if f and Path(f).is_file()]
-    done = {"settings": essence(asdict(s)), "files": {str(file): file_hash(file) for file in files}}
-    file = trial.folder / "run.json"
+    s, file, done = trial.settings, trial.folder / "run.json", wanted(trial)
     record = json_of(file)
     if not _is_whole(trial, file, record, done):
         record = _same_run(trial, done) or record
@@ -51,7 +48,7 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     write_config(trial)
     _lend_targets(trial)
     # What it has cost so far, if it was this run that was cut off, or if `train_once` finds steps of it.
-    same = record.get("settings") == done["settings"]
+    same = essence(s, record.get("settings") or {}) == done["settings"]
     start, before = time.monotonic(), {key: record.get(key, 0.0) if same else 0.0 for key in COST}
 
     def cut_off(seconds: float) -> None:
@@ -80,16 +77,36 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     return failed
 
 
+def wanted(trial: Trial) -> dict[str, Any]:
+    """What a run is known by in its run.json: the settings, and hashes of the files, that its method reads."""
+    from .once import essence
+
+    s = trial.settings
+    listed = [*s.forget, *s.retain, *s.neighbours]
+    listed += [getattr(s, name) for name in ("context", "refusals") if name not in unread(s)]
+    files = [file for file in listed if file and Path(file).is_file()]
+    return {"settings": essence(s), "files": {str(file): file_hash(file) for file in files}}
+
+
+def is_there(trial: Trial) -> bool:
+    """Whether this run has ended, and nothing that it reads has changed since."""
+    file = trial.folder / "run.json"
+    return _is_whole(trial, file, json_of(file), wanted(trial))
+
+
 def _is_whole(trial: Trial, file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
     """Whether a run.json is of a run of these settings, files and base that has ended, and its adapter is there."""
-    from .once import essence_of, saved_config
+    from .once import essence, saved_config
 
-    if {key: record.get(key) for key in done} != done or "seconds" not in record:
+    s, files = trial.settings, record.get("files")
+    if "seconds" not in record or not isinstance(files, dict) or not done["files"].items() <= files.items():
+        return False
+    if essence(s, record.get("settings") or {}) != done["settings"]:
         return False
     if "failed" in record:
         return not newer(trial.settings.model, file)
     saved = saved_config(file.parent / "adapters")
-    if saved is None or essence_of(saved) != done["settings"]:
+    if saved is None or essence(s, saved.get("settings") or {}) != done["settings"]:
         return False
     return (saved.get("targets") or {}).get("model") == trial.base
 

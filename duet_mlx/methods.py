@@ -134,6 +134,11 @@ METHODS = {
 }  # fmt: skip
 
 
+def numbers_of(name: str) -> str:
+    """The numbers of a method with their defaults, as a person reads them; one that has none is to be given."""
+    return ", ".join(f"{k}" if v is None else f"{k} {v:g}" for k, v in METHODS[name].defaults.items())
+
+
 def given_numbers(settings: TrainSettings) -> dict[str, float]:
     """`method_parameters` as numbers: YAML reads 1e-1 as text. A whole number stays one.
 
@@ -144,7 +149,7 @@ def given_numbers(settings: TrainSettings) -> dict[str, float]:
     defaults = METHODS[name].defaults
     for key, value in given.items():
         if key not in defaults:
-            has = f"{name} has {', '.join(defaults)}" if defaults else f"{name} has none"
+            has = f"{name} has {numbers_of(name) or 'none'}"
             raise ConfigError(f"method_parameters: unknown name {key!r}{nearest(str(key), list(defaults))}; {has}")
         found = number(value)
         if found is None or not math.isfinite(found):
@@ -181,13 +186,30 @@ def states_of(settings: TrainSettings) -> str:
     method = METHODS[settings.method]
     if method.frozen == "layer":
         return "layer"
-    retain_kl = settings.retain_loss == "kl" and method.labels != "teacher"
+    retain_kl = settings.retain_loss == "kl" and "retain_loss" not in unread(settings)
     return "head" if method.frozen == "logits" or retain_kl else ""
 
 
 def reads_retain(settings: TrainSettings) -> bool:
     """Whether retain questions enter the loss."""
     return parameters(settings).get("alpha", 1.0) > 0
+
+
+def unread(settings: TrainSettings) -> set[str]:
+    """The settings that change nothing in a run of this method."""
+    method = METHODS[settings.method]
+    names: set[str] = set()
+    if method.frozen != "candidates":
+        names |= {"top_k", "candidates", "delta", "center", "first_share"}
+    if method.labels == "teacher":
+        names |= {"answers", "answer_tokens", "retain_loss"}
+    else:
+        names |= {"context", "topic", "positions", "retain_context"}
+    if method.labels not in ("refusals", "both"):
+        names.add("refusals")
+    if not reads_retain(settings):
+        names.add("retain_loss")
+    return names
 
 
 # --- a method as a function of a batch ----------------------------------------------------------------------

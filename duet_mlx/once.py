@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .dry_run import dry_run
 from .errors import ConfigError
 from .files import as_json, new_name
+from .methods import unread
 from .resume import load_state
 from .train import TrainSettings, prepare, train
 
@@ -34,15 +35,17 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
         return {}
 
 
-def essence(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide the adapter, as JSON gives them back."""
-    return as_json({k: v for k, v in settings.items() if k not in BOOKKEEPING})
+def essence(settings: TrainSettings, saved: Any = None) -> dict[str, Any]:
+    """The settings that decide the adapter, as JSON gives them back.
 
-
-def essence_of(saved: dict[str, Any]) -> dict[str, Any]:
-    """That of an adapter_config.json. A setting that is newer than the adapter had its default's effect."""
-    before = saved.get("settings")
-    return essence({**asdict(TrainSettings()), **(before if isinstance(before, dict) else {})})
+    Args:
+        saved: the settings of an earlier run, as JSON; of these, then, those that a run by `settings` would read. One
+            that is newer than that run had its default's effect.
+    """
+    left_out = BOOKKEEPING | unread(settings)
+    earlier = {**asdict(TrainSettings()), **(saved if isinstance(saved, dict) else {})}
+    of = asdict(settings) if saved is None else earlier
+    return as_json({k: v for k, v in of.items() if k not in left_out})
 
 
 def set_aside(folder: Path) -> Path:
@@ -88,7 +91,8 @@ def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> i
     prepared = prepare(settings if saved is None else replace(settings, overwrite=True))
     step = 0
     if saved is not None:
-        if essence_of(saved) != essence(asdict(settings)) or saved.get("targets") != prepared.manifest:
+        same = essence(settings, saved.get("settings") or {}) == essence(settings)
+        if not same or saved.get("targets") != prepared.manifest:
             print(f"settings or questions have changed: the earlier adapter is kept in {set_aside(folder)}")
         elif (step := steps_done(folder)) >= settings.iters:
             print(f"adapter: {folder} is complete and of these settings and questions; nothing to train")

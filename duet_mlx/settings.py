@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +16,9 @@ from .errors import ConfigError, nearest
 Settings = TypeVar("Settings")
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with its meaning and the reason for its default."""
-    metadata = {"help": help, "choices": choices}
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, names: Iterable[str] = ()) -> Any:
+    """A dataclass field with its meaning and the reason for its default; of a dictionary, the names it may have."""
+    metadata = {"help": help, "choices": choices, "names": tuple(names)}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -48,6 +49,9 @@ def parse(
     parser = _Parser(prog=prog, description=description.splitlines()[0])
     parser.add_argument("-c", "--config", metavar="YAML", help="file with any of these settings, by the same names")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type,unused-ignore]
+    parser.group_of = {
+        inner: "--" + name.replace("_", "-") for name, spec in known.items() for inner in spec.metadata["names"]
+    }
     kinds = typing.get_type_hints(cls)
     for name, spec in known.items():
         default = spec.default if spec.default is not MISSING else spec.default_factory()  # type: ignore[operator]
@@ -80,7 +84,10 @@ def parse(
     for name, value in merged.items():
         where = named if name in over else f"-c {file}"
         if name not in known:
-            raise ConfigError(f"{where}: unknown key {name!r}{nearest(str(name), list(known))}")
+            hint = nearest(str(name), list(known))
+            if group := parser.group_of.get(name):
+                hint = f"; it is one of {group[2:].replace('-', '_')}"
+            raise ConfigError(f"{where}: unknown key {name!r}{hint}")
         place = f"--{name.replace('_', '-')}" if name in given else f"{where}: {name}"
         merged[name] = _checked(place, value, known[name], kinds[name])
     recipe = (recipes or {}).get(merged.get("recipe", "default"), {})
@@ -92,12 +99,16 @@ def parse(
 class _Parser(argparse.ArgumentParser):
     """argparse without the page of usage before each error."""
 
+    group_of: dict[str, str]  # the flags of dictionaries by the names that these have
+
     def error(self, message: str) -> typing.NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
         unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
-        raise ConfigError(
-            f"{message}{nearest(unknown, flags) if unknown else ''}; `{self.prog} --help` lists all flags"
-        )
+        hint = nearest(unknown, flags) if unknown else ""
+        name, _, value = unknown.lstrip("-").partition("=")
+        if group := self.group_of.get(name.replace("-", "_")):  # --alpha 5, --rank 4
+            hint = f"; write {group} {name.replace('-', '_')}={value or '…'}"
+        raise ConfigError(f"{message}{hint}; `{self.prog} --help` lists all flags")
 
 
 def require(settings: Any, *names: str) -> None:

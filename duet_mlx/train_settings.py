@@ -8,8 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ConfigError, nearest
-from .methods import METHODS, given_numbers, parameters, reads_retain
+from .methods import METHODS, given_numbers, numbers_of, parameters, reads_retain
 from .settings import number, parse, require, setting
+
+LISTED = "; ".join(f"{name} {numbers_of(name)}" for name in METHODS if METHODS[name].defaults)
+NUMBERS = {number for method in METHODS.values() for number in method.defaults}
+LORA = {"rank": 8, "scale": 4.0, "dropout": 0.0, "keys": None}
 
 # What the paper fixes; everything else of it is ours (reference/README.md): one position, the teacher's candidates,
 # raw logits, the context before retain queries too.
@@ -43,7 +47,7 @@ class TrainSettings:
     adapter_path: str = setting("adapters", "folder for adapters.safetensors and adapter_config.json")
     recipe: str = setting("default", "paper: what the paper fixes; default: what we measured", tuple(RECIPES))
     method: str = setting("duet", "training method", tuple(METHODS))
-    method_parameters: dict = setting({}, "numbers of a baseline, as NAME=NUMBER: methods.py has names and defaults")
+    method_parameters: dict = setting({}, f"a baseline's numbers, here with their defaults: {LISTED}", names=NUMBERS)
     retain_loss: str = setting("nll", "retain term of baselines: NLL of the answer, or KL to the base", ("nll", "kl"))
     answers: str = setting("base", "what baselines train on: the base's own answers, or the files'", ("base", "gold"))
     answer_tokens: int = setting(32, "longest answer of the base's own to train on: as long as is evaluated")
@@ -56,7 +60,7 @@ class TrainSettings:
     first_share: float = setting(0.5, "what the first position counts in its question's loss (0: as each other)")
     retain_context: str = setting("none", "what the teacher of retain queries reads", ("teacher", "none"))
     num_layers: int = setting(-1, "last layers to adapt (-1: all)")
-    lora_parameters: dict = setting({"rank": 8, "scale": 4.0, "dropout": 0.0, "keys": None}, "LoRA, as in mlx-lm")
+    lora_parameters: dict = setting(LORA, "LoRA, as in mlx-lm", names=LORA)
     iters: int = setting(600, "training steps")
     batch_size: int = setting(8, "queries a step")
     forget_per_batch: int = setting(2, "of these, forget queries; the rest retain")
@@ -124,9 +128,8 @@ def parse_settings(
 
 def _lora(given: dict[str, Any]) -> dict[str, Any]:
     """mlx-lm's lora_parameters, whole and checked."""
-    known = TrainSettings().lora_parameters
-    _known_keys("lora_parameters", given, known)
-    lora = {**known, **given}
+    _known_keys("lora_parameters", given, LORA)
+    lora = {**LORA, **given}
     if not isinstance(lora["rank"], int) or isinstance(lora["rank"], bool) or not 1 <= lora["rank"] < 2**31:
         raise ConfigError(f"lora_parameters rank: expected a whole number of 1 or more, found {lora['rank']!r}")
     for key in ("scale", "dropout"):

@@ -192,6 +192,9 @@ BAD_FLAGS = [
     (["--candidates", "untion"], ("--candidates", "untion", "union")),
     (["--recipe", "papper"], ("--recipe", "papper", "paper")),
     (["--posittions", "2"], ("--posittions", "--positions")),
+    (["--alpha", "5"], ("--alpha 5; write --method-parameters alpha=…;",)),
+    (["--direction-seed=5"], ("; write --method-parameters direction_seed=5;",)),
+    (["--rank", "4"], ("; write --lora-parameters rank=…;",)),
 ]
 
 
@@ -210,6 +213,7 @@ BAD_YAML = {
     "an unknown key": ("itters: 5\n", ("'itters'", 'did you mean "iters"')),
     "a flag's spelling": ("learning-rate: 5\n", ("'learning-rate'", 'did you mean "learning_rate"')),
     "a key that is no text": ("7: 5\n", ("7",)),
+    "a method's number": ("alpha: 5\n", ("unknown key 'alpha'; it is one of method_parameters",)),
     "an unknown method": ("method: duett\n", ("method", "'duett'", 'did you mean "duet"')),
     "text for a number": ("iters: many\n", ("config.yaml: iters: expected int, found 'many'",)),
     "a key twice": ("seed: 1\ndelta: 2\nseed: 3\n", ("config.yaml: ", 'key "seed" stands twice', "line 3")),

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,11 +108,27 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
     # What comes out of the layer below the adapted one: once along the teacher's words, once along the base's answers.
     assert ended.out.count("are run once, now") == 2 and ended.out.count("were run before") == 6
 
+    planned = command("compare", "-c", config, "--dry-run", "--seeds", "3")
+    assert "K: 3 of 3 runs there" in planned.out and "to train: 0 runs" in planned.out, planned.err
+    assert "then 2 more: the 1 best methods with 2 more seeds" in planned.out
     adapters = {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
     assert len(adapters) == 9  # twice two trials, four of the sweeps, one of another seed
     again = command("compare", "-c", config)
     assert again.code == 0 and again.out.strip() == table.strip() and "are compared in" not in again.err
     assert adapters == {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
+
+
+def test_a_dry_run_says_what_is_to_come_and_writes_nothing(command, comparison, tmp_path):
+    sweeps = {"K": {"method": "duet", "top_k": [3, 5]}}
+    config = comparison({"duet": TRIED, "npo": TRIED}, sweeps=sweeps | {"all": {"method": "duet"}})
+    planned = command("compare", "-c", config, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert planned.out.splitlines() == [
+        "duet: 0 of 2 runs there", "npo: 0 of 2 runs there", "K: 0 of 2 runs there", "all: 0 of 1 runs there",
+        "to train: 6 runs, 24 steps; the same run under two names is one", "questions to choose by: 2 a trial",
+        "questions of the test: 2 a method, reverse prompts not counted", "questions of a run of a sweep: 2",
+    ]  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_is_asked_part_of_the_test_questions_by_the_model_that_was_trained(command, comparison, tmp_path):
@@ -228,6 +244,23 @@ def test_values_that_would_share_a_folder_are_refused(comparison):
     config = comparison({"npo": None}, sweeps={"c": {"method": "duet", "context": ["x/a.yaml", "x_a.yaml"]}})
     with pytest.raises(ConfigError, match="would share a folder"):
         all_trials(parse(CompareSettings, "compare", "Compare.", ["-c", str(config)]))
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ({"delta": [0.2, 1.0]}, "methods npo: delta: npo does not read it"),
+        ({"alpha": 0.0, "retain_loss": "kl"}, "methods npo: retain_loss: npo at alpha 0 does not read it"),
+        ({"alpha": [0.0, 1.0], "retain_loss": ["nll", "kl"]}, "'retain_loss': 'kl'} are one run, as npo reads them"),
+        ({"save_every": [1, 2]}, "are one run"),
+    ],
+)
+def test_a_trial_that_would_be_another_over_again_is_refused(comparison, grid, says):
+    """Else a method would have had fewer trials than the others, and hours would go into what is known."""
+    settings = parse(CompareSettings, "compare", "Compare.", ["-c", str(comparison({"npo": grid}))])
+    with pytest.raises(ConfigError) as error:
+        all_trials(settings)
+    assert says in str(error.value)
 
 
 def test_values_that_are_lists_can_be_tried(comparison, monkeypatch):
@@ -615,7 +648,7 @@ def test_the_examples_questions_are_there_and_as_many_as_its_sweeps_ask_for(tmp_
     check_inputs(settings, trials, evaluation_of(settings))
     # The values of train.yaml, which stand in nine sweeps, are those of one run; `context` has a topic besides. Of the
     # sweep of retain losses four runs are trials of their methods too.
-    assert len({json.dumps(essence(asdict(trial.settings))) for trial in trials}) == len(trials) - 14
+    assert len({json.dumps(essence(trial.settings)) for trial in trials}) == len(trials) - 14
     asked = groups_of(asked_of_sweeps(evaluation_of(settings), settings.sweep_questions))
     assert {len(asked[group]) for group in ("forget", "general", "neighbours")} == {60}
 

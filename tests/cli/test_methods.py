@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from duet_mlx.labels import refusals_of
-from duet_mlx.methods import METHODS
+from duet_mlx.methods import METHODS, numbers_of
 from duet_mlx.train_settings import TrainSettings
 from tests.tiny_model import QUESTIONS, contents, replaced, write_questions
 
+ROOT = Path(__file__).resolve().parents[2]
 RMU = ["--method-parameters", "layer=0", "c=2"]
 
 
@@ -18,6 +20,14 @@ def answered(quick, *more):
     """The flags of a run without its context: methods that are trained on answers need none."""
     at = quick.index("--context")
     return [*quick[:at], *quick[at + 2 :], "--answer-tokens", "6", *more]
+
+
+def test_the_page_lists_methods_with_the_numbers_and_papers_that_they_have():
+    page = (ROOT / "examples" / "compare" / "README.md").read_text(encoding="utf-8").partition("## The methods")[2]
+    rows = [line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:3] == "| `"]
+    assert rows[0][0] == "`--method`" and len(rows) > 11
+    for name, _, _, numbers, paper in ([cell.strip("`") for cell in row] for row in rows[1:]):
+        assert (numbers, paper) == (numbers_of(name) or "–", METHODS[name].paper)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -47,12 +47,18 @@ def test_an_adapter_of_the_same_settings_is_kept(there, capsys):
 def test_one_from_before_a_setting_was_there_is_kept_as_the_default_is_what_it_had(there, capsys):
     settings, folder = there
     config = json.loads((folder / "adapter_config.json").read_text())
-    del config["settings"]["method_parameters"], config["settings"]["answer_tokens"]
+    del config["settings"]["method_parameters"], config["settings"]["max_grad_norm"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     train_once(settings)
     assert "nothing to train" in capsys.readouterr().out
-    train_once(replace(settings, answer_tokens=7))
+    train_once(replace(settings, max_grad_norm=7.0))
     assert "settings or questions have changed" in capsys.readouterr().out
+
+
+def test_a_setting_that_the_method_does_not_read_may_be_another(there, capsys):
+    settings, folder = there
+    train_once(replace(settings, answer_tokens=7, retain_loss="kl", refusals="nowhere.txt"))
+    assert "nothing to train" in capsys.readouterr().out
 
 
 def test_another_setting_sets_it_aside_with_all_its_bytes(there):
