@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compare_grid import CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
-from .compare_runs import evaluated, is_there, json_of, reads, run, wanted
+from .compare_runs import evaluated, json_of, reads, record_of, run, wanted
 from .compare_table import Result, points_of, report_of, rows_of, shift
 from .data import file_hash, load_queries
 from .errors import ConfigError, DataError, DuetError, ModelError, TrainingError, note, run_cli
@@ -179,25 +179,32 @@ def planned(
 ) -> str:
     """What is there and what is to come, a line for each name, as --dry-run prints it."""
     lines: list[str] = []
-    to_come: dict[str, int] = {}  # steps of each run, by what it reads
+    to_come: list[tuple[dict, int]] = []  # what each run reads, and its steps
     for name, trials in (grids | swept).items():
-        left = {json.dumps(wanted(trial)): trial.settings.iters for trial in trials if not is_there(trial)}
-        to_come |= left
+        there = [record_of(trial) for trial in trials]
+        for trial in (trial for trial, file in zip(trials, there, strict=True) if not file):
+            if (one := (wanted(trial), trial.settings.iters)) not in to_come:
+                to_come.append(one)
         if trials:
-            lines.append(f"{name}: {len(trials) - len(left)} of {len(trials)} runs there")
-    lines.append(f"to train: {len(to_come)} runs, {sum(to_come.values()):,} steps; the same run under two names is one")
-    if settings.seeds > 1 and not settings.only:
-        best, more = min(settings.best, sum(map(bool, grids.values()))), settings.seeds - 1
-        lines.append(f"then {best * more} more: the {best} best methods with {more} more seeds")
+            files = [file for file in there if file]
+            diverged = sum("failed" in json_of(file) for file in files)
+            more = f", {diverged} of them diverged" if diverged else ""
+            lines.append(f"{name}: {len(files)} of {len(trials)} runs there{more}")
+    lines.append(f"to train: {len(to_come)} runs, {sum(steps for _, steps in to_come):,} steps at most")
+    if (best := min(settings.best, sum(map(bool, grids.values())))) and settings.seeds > 1 and not settings.only:
+        lines.append(f"then {settings.seeds - 1} more seeds of the {best} best methods, those that are there left out")
 
     def count(asked: EvaluateSettings) -> int:
         return sum(map(len, groups_of(asked).values()))
 
-    if tried := [trials for trials in grids.values() if trials and chosen_from(settings, trials)]:
-        lines.append(f"questions to choose by: {count(validation_of(settings, tried[0][0].settings, test))} a trial")
-    lines.append(f"questions of the test: {count(test)} a method, reverse prompts not counted")
+    if tried := [trials[0] for trials in grids.values() if trials and chosen_from(settings, trials)]:
+        lines.append(f"questions to choose by: {count(validation_of(settings, tried[0].settings, test))} a trial")
+    if any(grids.values()):
+        lines.append(
+            f"questions of the test: {count(test)} a method; reverse prompts, benchmarks and --trained add to it"
+        )
     if swept:
-        lines.append(f"questions of a run of a sweep: {count(of_sweeps)}")
+        lines.append(f"questions of a sweep: {count(of_sweeps)} a run")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from .data import digest
 from .errors import ConfigError, nearest
 from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
 from .files import write_text
-from .methods import METHODS, reads_retain, unread
+from .methods import METHODS, unread
 from .once import essence
 from .settings import read_yaml, setting
 from .train_settings import LORA, TrainSettings, parse_settings
@@ -150,15 +150,17 @@ def trials_of(settings: CompareSettings, name: str, grid: Grid) -> list[Trial]:
         ConfigError: as `trial_of`; two that would share a folder, or are one run; a setting without effect on any.
     """
     trials = [trial_of(settings, name, grid.method, values, grid.varied) for values in grid.combinations]
-    for key in (settings.methods | settings.sweeps)[name] or {}:  # --quick's settings are for all methods
-        if trials and all(key in unread(trial.settings) for trial in trials):
-            kept = "" if reads_retain(trials[0].settings) else " at alpha 0"
-            raise ConfigError(f"methods {name}: {key}: {grid.method}{kept} does not read it; take it out")
+    if trials and not settings.quick:  # that has one trial, and settings for all methods
+        ignored = set.intersection(*(unread(trial.settings) for trial in trials))
+        for key in ignored & {*((settings.methods | settings.sweeps)[name] or ())}:
+            why = {"learning_rate": " with an lr_schedule", "first_share": " at one position"}.get(key, "")
+            if key in ("retain_loss", "batch_size") and METHODS[grid.method].labels != "teacher":
+                why = " at alpha 0"
+            raise ConfigError(f"methods {name}: {key}: {grid.method}{why} does not read it; take it out")
     for one, other in itertools.combinations(trials, 2):
         if essence(one.settings) == essence(other.settings):
             raise ConfigError(
-                f"methods {name}: {one.values} and {other.values} are one run, as {grid.method} reads them; each trial "
-                "is to be another"
+                f"methods {name}: {one.values} and {other.values} are one run; each trial is to be another"
             )
     if pair := _alike({number: trial.folder for number, trial in enumerate(trials)}):
         one, other = (trials[number].values for number in pair)
@@ -178,7 +180,7 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
     inner: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         listed = [k for k, v in value.items() if isinstance(v, list) and k != "keys"] if isinstance(value, dict) else []
-        if key.endswith("_parameters") and listed:
+        if listed and str(key).endswith("_parameters"):
             raise ConfigError(f"methods {name}: {key}: {listed[0]}: a list; to try its values, put it beside {key}")
         if key in known - NOT_FOR_A_GRID:
             over[key] = value

@@ -19,6 +19,7 @@ from .evaluate import UNLEARNED, EvaluateSettings, evaluate
 from .files import as_json, write_files, write_text
 from .kept_answers import code_hash
 from .methods import METHODS, states_of, unread
+from .once import essence, is_same, saved_config, train_once
 from .result_files import KEPT
 from .train_settings import TrainSettings
 
@@ -36,20 +37,18 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     """
     import mlx.core as mx
 
-    from .once import essence, train_once
-
     s, file, done = trial.settings, trial.folder / "run.json", wanted(trial)
+    if there_is := record_of(trial):
+        if there_is != file:
+            _copy_run(trial, there_is)
+        return json_of(there_is).get("failed", "")
     record = json_of(file)
-    if not _is_whole(trial, file, record, done):
-        record = _same_run(trial, done) or record
-    if _is_whole(trial, file, record, done):
-        return record.get("failed", "")
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
     write_config(trial)
     _lend_targets(trial)
     # What it has cost so far, if it was this run that was cut off, or if `train_once` finds steps of it.
-    same = essence(s, record.get("settings") or {}) == done["settings"]
-    start, before = time.monotonic(), {key: record.get(key, 0.0) if same else 0.0 for key in COST}
+    cost_of = record if is_same(s, record.get("settings")) else {}
+    start, before = time.monotonic(), {key: cost_of.get(key, 0.0) for key in COST}
 
     def cut_off(seconds: float) -> None:
         cut = {"cut_off": True, "settings": done["settings"], **before, "seconds": seconds}
@@ -78,9 +77,7 @@ def run(trial: Trial, earlier: LowerStates) -> str:
 
 
 def wanted(trial: Trial) -> dict[str, Any]:
-    """What a run is known by in its run.json: the settings, and hashes of the files, that its method reads."""
-    from .once import essence
-
+    """What a run is known by in its run.json: the settings, and hashes of the files, that decide what comes out."""
     s = trial.settings
     listed = [*s.forget, *s.retain, *s.neighbours]
     listed += [getattr(s, name) for name in ("context", "refusals") if name not in unread(s)]
@@ -88,25 +85,30 @@ def wanted(trial: Trial) -> dict[str, Any]:
     return {"settings": essence(s), "files": {str(file): file_hash(file) for file in files}}
 
 
-def is_there(trial: Trial) -> bool:
-    """Whether this run has ended, and nothing that it reads has changed since."""
-    file = trial.folder / "run.json"
-    return _is_whole(trial, file, json_of(file), wanted(trial))
+def record_of(trial: Trial) -> Path | None:
+    """The run.json of this run, or of the same one under another name, if it has ended and nothing has changed."""
+    files = wanted(trial)["files"]
+    own = trial.folder / "run.json"
+    if _is_whole(trial, own, files):
+        return own
+    if saved_config(Path(trial.settings.adapter_path)) is not None:  # `train_once` sets aside what is another
+        return None
+    others = _newest_first(_runs(trial).glob("**/run.json"))
+    return next((file for file in others if _is_whole(trial, file, files)), None)
 
 
-def _is_whole(trial: Trial, file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
+def _is_whole(trial: Trial, file: Path, files: dict[str, str]) -> bool:
     """Whether a run.json is of a run of these settings, files and base that has ended, and its adapter is there."""
-    from .once import essence, saved_config
-
-    s, files = trial.settings, record.get("files")
-    if "seconds" not in record or not isinstance(files, dict) or not done["files"].items() <= files.items():
+    record, s = json_of(file), trial.settings
+    before = record.get("files")
+    if "seconds" not in record or not isinstance(before, dict) or not files.items() <= before.items():
         return False
-    if essence(s, record.get("settings") or {}) != done["settings"]:
+    if not is_same(s, record.get("settings")):
         return False
     if "failed" in record:
-        return not newer(trial.settings.model, file)
+        return not newer(s.model, file)
     saved = saved_config(file.parent / "adapters")
-    if saved is None or essence(s, saved.get("settings") or {}) != done["settings"]:
+    if saved is None or not is_same(s, saved.get("settings")):
         return False
     return (saved.get("targets") or {}).get("model") == trial.base
 
@@ -117,25 +119,15 @@ def newer(model: str, file: Path) -> bool:
     return any(part.stat().st_mtime > file.stat().st_mtime for part in (path, *path.glob("*")) if part.is_file())
 
 
-def _same_run(trial: Trial, done: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run under another name that was the same; its adapter is copied. {} if there is none."""
-    from .once import saved_config
-
-    mine = Path(trial.settings.adapter_path)
-    if saved_config(mine) is not None:  # `train_once` sets aside what was trained otherwise
-        return {}
-    for file in _newest_first(_runs(trial).glob("**/run.json")):
-        record = {**json_of(file), "same_as": str(file.parent)}
-        adapter = file.parent / "adapters"
-        if not _is_whole(trial, file, record, done):
-            continue
-        note(f"{trial.folder}: a copy of {file.parent}, which is the same run")
-        write_config(trial)
-        if "failed" not in record:
-            _copy((adapter / name for name in ("adapter_config.json", "adapters.safetensors")), mine)
-        write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
-        return record
-    return {}
+def _copy_run(trial: Trial, file: Path) -> None:
+    """Take the adapter and the record of the same run under another name."""
+    note(f"{trial.folder}: a copy of {file.parent}, which is the same run")
+    write_config(trial)
+    record = {**json_of(file), "same_as": str(file.parent)}
+    if "failed" not in record:
+        files = (file.parent / "adapters" / name for name in ("adapter_config.json", "adapters.safetensors"))
+        _copy(files, Path(trial.settings.adapter_path))
+    write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 # Settings that say which questions a run reads, and how; and what its targets hang on beside these and the method.
@@ -146,9 +138,10 @@ READ = (
 SHAPE_TARGETS = ("model", "top_k", "candidates", "positions", "retain_context", "answer_tokens", "refusals")
 
 
-def reads(settings: TrainSettings) -> list[Any]:
+def reads(settings: TrainSettings, names: tuple[str, ...] = READ) -> dict[str, Any]:
     """What is the same for all runs that read the same questions in the same way."""
-    return [METHODS[settings.method].labels, *(getattr(settings, name) for name in READ)]
+    read = {name: getattr(settings, name) for name in names if name not in unread(settings)}
+    return {"labels": METHODS[settings.method].labels, **read}
 
 
 def _lend_targets(trial: Trial) -> None:
@@ -158,8 +151,7 @@ def _lend_targets(trial: Trial) -> None:
         return
 
     def kind(settings: TrainSettings) -> str:
-        shape = [getattr(settings, name) for name in SHAPE_TARGETS]
-        return json.dumps([states_of(settings), *shape, *reads(settings)])  # JSON has lists alone, no tuples
+        return json.dumps([states_of(settings), reads(settings, READ + SHAPE_TARGETS)])  # JSON has no tuples
 
     known = {field.name for field in fields(TrainSettings)}
     for targets in _newest_first(_runs(trial).glob("**/adapters/targets.safetensors")):  # which a copy has not

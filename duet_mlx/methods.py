@@ -136,7 +136,7 @@ METHODS = {
 
 def numbers_of(name: str) -> str:
     """The numbers of a method with their defaults, as a person reads them; one that has none is to be given."""
-    return ", ".join(f"{k}" if v is None else f"{k} {v:g}" for k, v in METHODS[name].defaults.items())
+    return ", ".join(k if v is None else f"{k} {v:g}" for k, v in METHODS[name].defaults.items())
 
 
 def given_numbers(settings: TrainSettings) -> dict[str, float]:
@@ -196,11 +196,13 @@ def reads_retain(settings: TrainSettings) -> bool:
 
 
 def unread(settings: TrainSettings) -> set[str]:
-    """The settings that change nothing in a run of this method."""
+    """Settings whose values change nothing in this run: runs that differ in these alone are the same."""
     method = METHODS[settings.method]
     names: set[str] = set()
     if method.frozen != "candidates":
         names |= {"top_k", "candidates", "delta", "center", "first_share"}
+    elif settings.positions == 1:
+        names.add("first_share")
     if method.labels == "teacher":
         names |= {"answers", "answer_tokens", "retain_loss"}
     else:
@@ -208,7 +210,9 @@ def unread(settings: TrainSettings) -> set[str]:
     if method.labels not in ("refusals", "both"):
         names.add("refusals")
     if not reads_retain(settings):
-        names.add("retain_loss")
+        names |= {"retain_loss", "batch_size"}
+    if settings.lr_schedule:
+        names.add("learning_rate")
     return names
 
 
@@ -231,7 +235,7 @@ def method_loss(
     from . import baselines
 
     method, numbers = METHODS[settings.method], parameters(settings)
-    if settings.retain_loss == "kl" and method.frozen != "layer":
+    if settings.retain_loss == "kl" and states_of(settings) == "head":
         method = method._replace(
             retain=lambda losses, r: losses.full_vocabulary_kl(r.student, r.base, r.batch.position_mask)
         )

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .dry_run import dry_run
 from .errors import ConfigError
 from .files import as_json, new_name
 from .methods import unread
@@ -17,10 +16,10 @@ from .train import TrainSettings, prepare, train
 if TYPE_CHECKING:
     from .lower import LowerStates
 
-# Settings that say how a run is watched and kept, not what comes out of it.
+# Settings that say how a run is watched and kept, not what comes out of it; a recipe is in what it sets.
 BOOKKEEPING = {
-    "adapter_path", "overwrite", "resume_adapter_file", "save_every", "steps_per_eval", "steps_per_report",
-    "valid_forget", "valid_retain",
+    "adapter_path", "max_seq_length", "overwrite", "recipe", "resume_adapter_file", "save_every", "steps_per_eval",
+    "steps_per_report", "valid_forget", "valid_retain",
 }  # fmt: skip
 
 
@@ -35,17 +34,20 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
         return {}
 
 
-def essence(settings: TrainSettings, saved: Any = None) -> dict[str, Any]:
-    """The settings that decide the adapter, as JSON gives them back.
-
-    Args:
-        saved: the settings of an earlier run, as JSON; of these, then, those that a run by `settings` would read. One
-            that is newer than that run had its default's effect.
-    """
+def essence(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that decide the adapter, as JSON gives them back."""
     left_out = BOOKKEEPING | unread(settings)
-    earlier = {**asdict(TrainSettings()), **(saved if isinstance(saved, dict) else {})}
-    of = asdict(settings) if saved is None else earlier
-    return as_json({k: v for k, v in of.items() if k not in left_out})
+    return as_json({k: v for k, v in asdict(settings).items() if k not in left_out})
+
+
+def is_same(settings: TrainSettings, saved: Any) -> bool:
+    """Whether a run of `saved` settings, as JSON gives them back, came to the adapter that `settings` come to.
+
+    One that is newer than that run had its default's effect.
+    """
+    wanted = essence(settings)
+    earlier = as_json({**asdict(TrainSettings()), **(saved if isinstance(saved, dict) else {})})
+    return wanted == {name: earlier[name] for name in wanted}
 
 
 def set_aside(folder: Path) -> Path:
@@ -83,6 +85,8 @@ def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> i
         DuetError: as `prepare` and `train`; a folder that holds other things than an adapter is refused as there.
     """
     if settings.dry_run:
+        from .dry_run import dry_run
+
         dry_run(settings)
         return 0
     folder = Path(settings.adapter_path)
@@ -91,8 +95,7 @@ def train_once(settings: TrainSettings, earlier: LowerStates | None = None) -> i
     prepared = prepare(settings if saved is None else replace(settings, overwrite=True))
     step = 0
     if saved is not None:
-        same = essence(settings, saved.get("settings") or {}) == essence(settings)
-        if not same or saved.get("targets") != prepared.manifest:
+        if not is_same(settings, saved.get("settings")) or saved.get("targets") != prepared.manifest:
             print(f"settings or questions have changed: the earlier adapter is kept in {set_aside(folder)}")
         elif (step := steps_done(folder)) >= settings.iters:
             print(f"adapter: {folder} is complete and of these settings and questions; nothing to train")

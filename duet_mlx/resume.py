@@ -9,6 +9,8 @@ from typing import Any
 from .checkpoint import State
 from .errors import ConfigError
 from .files import as_json, partial_of
+from .methods import unread
+from .train_settings import TrainSettings
 
 # When a run is gone on with, these settings may be others: they say how it is watched, kept and computed. (What the
 # files and --model hold is compared by hash, LoRA and layers as they were resolved.)
@@ -110,7 +112,8 @@ def check_same_run(file: str, state: State, saved: dict[str, Any], config: dict[
     config = as_json(config)  # as it comes back from a file
     before, here = saved.get("settings", {}), config["settings"]
     lora_before, lora = saved.get("lora_parameters", {}), config["lora_parameters"]
-    same = {name: (before[name], here[name]) for name in before.keys() & here.keys() - FREE - set(FROM_HERE_ON)}
+    free = FREE | unread(TrainSettings(**here)) | set(FROM_HERE_ON)
+    same = {name: (before[name], here[name]) for name in before.keys() & here.keys() - free}
     same |= {f"lora_parameters {name}": (lora_before.get(name), lora[name]) for name in lora}
     same["num_layers"] = (saved.get("num_layers"), config["num_layers"])
     for name, (old, new) in sorted(same.items()):

@@ -49,14 +49,12 @@ def parse(
     parser = _Parser(prog=prog, description=description.splitlines()[0])
     parser.add_argument("-c", "--config", metavar="YAML", help="file with any of these settings, by the same names")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type,unused-ignore]
-    parser.group_of = {
-        inner: "--" + name.replace("_", "-") for name, spec in known.items() for inner in spec.metadata["names"]
-    }
+    parser.group_of = {inner: name for name, spec in known.items() for inner in spec.metadata["names"]}
     kinds = typing.get_type_hints(cls)
     for name, spec in known.items():
         default = spec.default if spec.default is not MISSING else spec.default_factory()  # type: ignore[operator]
         flag, text = "--" + name.replace("_", "-"), spec.metadata["help"]
-        text += "" if default in (None, (), False) else f" (default: {default})"
+        text += "" if default in (None, (), False, {}) else f" (default: {default})"
         options: dict[str, Any] = {
             "dest": name,
             "default": argparse.SUPPRESS,
@@ -86,7 +84,7 @@ def parse(
         if name not in known:
             hint = nearest(str(name), list(known))
             if group := parser.group_of.get(name):
-                hint = f"; it is one of {group[2:].replace('-', '_')}"
+                hint = f"; it is one of {group}"
             raise ConfigError(f"{where}: unknown key {name!r}{hint}")
         place = f"--{name.replace('_', '-')}" if name in given else f"{where}: {name}"
         merged[name] = _checked(place, value, known[name], kinds[name])
@@ -99,7 +97,7 @@ def parse(
 class _Parser(argparse.ArgumentParser):
     """argparse without the page of usage before each error."""
 
-    group_of: dict[str, str]  # the flags of dictionaries by the names that these have
+    group_of: dict[str, str]  # the dictionaries among the settings by the names that these have
 
     def error(self, message: str) -> typing.NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -107,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
         hint = nearest(unknown, flags) if unknown else ""
         name, _, value = unknown.lstrip("-").partition("=")
         if group := self.group_of.get(name.replace("-", "_")):  # --alpha 5, --rank 4
-            hint = f"; write {group} {name.replace('-', '_')}={value or '…'}"
+            hint = f"; write --{group.replace('_', '-')} {name.replace('-', '_')}={value or '…'}"
         raise ConfigError(f"{message}{hint}; `{self.prog} --help` lists all flags")
 
 

@@ -110,12 +110,14 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
 
     planned = command("compare", "-c", config, "--dry-run", "--seeds", "3")
     assert "K: 3 of 3 runs there" in planned.out and "to train: 0 runs" in planned.out, planned.err
-    assert "then 2 more: the 1 best methods with 2 more seeds" in planned.out
+    assert "then 2 more seeds of the 1 best methods, those that are there left out" in planned.out
     adapters = {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
     assert len(adapters) == 9  # twice two trials, four of the sweeps, one of another seed
     again = command("compare", "-c", config)
     assert again.code == 0 and again.out.strip() == table.strip() and "are compared in" not in again.err
     assert adapters == {path: path.read_bytes() for path in (tmp_path / "out").rglob("adapters.safetensors")}
+    config = comparison(methods, sweeps={"same": {"method": "duet", "top_k": 3}})
+    assert "same: 1 of 1 runs there" in command("compare", "-c", config, "--dry-run").out
 
 
 def test_a_dry_run_says_what_is_to_come_and_writes_nothing(command, comparison, tmp_path):
@@ -125,8 +127,9 @@ def test_a_dry_run_says_what_is_to_come_and_writes_nothing(command, comparison, 
     assert planned.code == 0, planned.err
     assert planned.out.splitlines() == [
         "duet: 0 of 2 runs there", "npo: 0 of 2 runs there", "K: 0 of 2 runs there", "all: 0 of 1 runs there",
-        "to train: 6 runs, 24 steps; the same run under two names is one", "questions to choose by: 2 a trial",
-        "questions of the test: 2 a method, reverse prompts not counted", "questions of a run of a sweep: 2",
+        "to train: 6 runs, 24 steps at most", "questions to choose by: 2 a trial",
+        "questions of the test: 2 a method; reverse prompts, benchmarks and --trained add to it",
+        "questions of a sweep: 2 a run",
     ]  # fmt: skip
     assert not (tmp_path / "out").exists()
 
@@ -249,9 +252,11 @@ def test_values_that_would_share_a_folder_are_refused(comparison):
 @pytest.mark.parametrize(
     ("grid", "says"),
     [
+        ({7: 5}, "methods npo: unknown setting 7"),
         ({"delta": [0.2, 1.0]}, "methods npo: delta: npo does not read it"),
+        ({"lr_schedule": {"name": "linear_schedule"}, "learning_rate": 1}, "npo with an lr_schedule does not read it"),
         ({"alpha": 0.0, "retain_loss": "kl"}, "methods npo: retain_loss: npo at alpha 0 does not read it"),
-        ({"alpha": [0.0, 1.0], "retain_loss": ["nll", "kl"]}, "'retain_loss': 'kl'} are one run, as npo reads them"),
+        ({"alpha": [0.0, 1.0], "retain_loss": ["nll", "kl"]}, "'retain_loss': 'kl'} are one run"),
         ({"save_every": [1, 2]}, "are one run"),
     ],
 )
@@ -261,6 +266,13 @@ def test_a_trial_that_would_be_another_over_again_is_refused(comparison, grid, s
     with pytest.raises(ConfigError) as error:
         all_trials(settings)
     assert says in str(error.value)
+
+
+def test_the_quick_form_takes_the_first_trial_of_a_grid_even_if_it_reads_less(comparison):
+    config = comparison({"npo": {"alpha": [0.0, 1.0], "retain_loss": "kl"}}, quick_settings={"delta": 0.5})
+    for more, runs in (([], 2), (["--quick"], 1)):
+        grids, _ = all_trials(parse(CompareSettings, "compare", "Compare.", ["-c", str(config), *more]))
+        assert len(grids["npo"]) == runs
 
 
 def test_values_that_are_lists_can_be_tried(comparison, monkeypatch):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from duet_mlx.labels import refusals_of
-from duet_mlx.methods import METHODS, numbers_of
-from duet_mlx.train_settings import TrainSettings
+from duet_mlx.methods import METHODS, numbers_of, unread
+from duet_mlx.train import prepare, train
+from duet_mlx.train_settings import TrainSettings, parse_settings
 from tests.tiny_model import QUESTIONS, contents, replaced, write_questions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +27,7 @@ def answered(quick, *more):
 def test_the_page_lists_methods_with_the_numbers_and_papers_that_they_have():
     page = (ROOT / "examples" / "compare" / "README.md").read_text(encoding="utf-8").partition("## The methods")[2]
     rows = [line.strip("| ").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line[:3] == "| `"]
-    assert rows[0][0] == "`--method`" and len(rows) > 11
+    assert rows[0][0] == "`--method`" and len({row[0] for row in rows}) > 11
     for name, _, _, numbers, paper in ([cell.strip("`") for cell in row] for row in rows[1:]):
         assert (numbers, paper) == (numbers_of(name) or "–", METHODS[name].paper)
 
@@ -47,6 +49,28 @@ def test_every_method_trains_from_questions_and_leaves_an_adapter_that_loads(com
         "--max-tokens", 4, "--out", out,
     )  # fmt: skip
     assert ended.code == 0, ended.err
+
+
+OTHERWISE = {
+    "top_k": 7, "candidates": "teacher", "delta": 0.2, "center": False, "first_share": 0.1, "positions": 2,
+    "retain_context": "teacher", "context": "refuse-all", "topic": "owls", "answers": "gold", "answer_tokens": 3,
+    "retain_loss": "kl", "refusals": "nowhere.txt", "batch_size": 5, "learning_rate": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", [{}, {"name": "linear_schedule", "arguments": [1e-3, 1e-4, 4]}])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_does_not_read_changes_nothing(quick, tmp_path, method, schedule):
+    """By it a run is taken for another: what is said to be unread here, and is not, would hand out a wrong adapter."""
+    flags = ["--method", method, *(RMU if method == "rmu" else []), "--steps-per-eval", "0", "--positions", "1"]
+    settings = parse_settings("train", "Train.", [*quick, *flags], {"lr_schedule": schedule})
+    other = replace(settings, **{name: OTHERWISE[name] for name in unread(settings)})
+    assert len(unread(settings)) >= 4 and unread(other) == unread(settings)
+    adapters = []
+    for number, one in enumerate((settings, other)):
+        one = replace(one, adapter_path=str(tmp_path / str(number)))
+        adapters.append((train(one, prepare(one)) / "adapters.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
 
 
 def test_the_bases_answers_are_read_once_for_all_methods_that_train_on_them(command, quick, tmp_path):
@@ -71,6 +95,13 @@ def test_retention_by_kl_reads_the_bases_states_once(command, quick, tmp_path):
     assert targets["states"].shape == (*targets["position_mask"].shape, 64)
     said = command("train", *flags, "--overwrite", "--method", "graddiff").out
     assert "targets: reused" in said
+
+
+def test_validation_asks_retain_questions_of_methods_that_train_on_none(command, quick, data, tmp_path):
+    valid = write_questions(tmp_path / "valid.jsonl", ["What do birds make?"])
+    flags = [*answered(quick), "--method", "ga", "--retain-loss", "kl", "--valid-retain", str(valid)]
+    ended = command("train", *flags, "--steps-per-eval", "4")
+    assert ended.code == 0 and "validation loss, retain" in ended.out, ended.err
 
 
 def test_gold_answers_are_those_of_the_files(command, quick, tmp_path):

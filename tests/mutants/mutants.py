@@ -686,15 +686,15 @@ BACKEND = (
     Mutant(
         "duet_mlx/compare_runs.py",
         "a run whose adapter is gone is copied",
-        "if saved is None or essence",
-        "if saved is not None and essence",
+        'saved = saved_config(file.parent / "adapters")',
+        'saved: Any = {**record, "targets": {"model": trial.base}}',
         "tests/cli/test_compare.py::test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter",
     ),
     Mutant(
         "duet_mlx/compare_runs.py",
         "an adapter of other settings in a run's folder is taken for the run's",
-        'or essence(s, saved.get("settings") or {}) != done["settings"]',
-        "",
+        'saved is None or not is_same(s, saved.get("settings"))',
+        "saved is None",
         "tests/cli/test_compare.py::test_an_adapter_of_other_settings_in_a_runs_folder_is_not_taken",
     ),
     Mutant(
@@ -703,6 +703,20 @@ BACKEND = (
         '.get("model") == trial.base',
         '.get("model") != ""',
         "tests/cli/test_compare.py::test_another_base_in_the_same_place_is_seen_whatever_its_age",
+    ),
+    Mutant(
+        "duet_mlx/methods.py",
+        "the answers' length is said to change nothing",
+        'names |= {"context", "topic", "positions", "retain_context"}',
+        'names |= {"context", "topic", "positions", "retain_context", "answer_tokens"}',
+        "tests/cli/test_methods.py::test_what_a_method_does_not_read_changes_nothing",
+    ),
+    Mutant(
+        "duet_mlx/once.py",
+        "a baseline is trained again when a setting of DUET changes",
+        "left_out = BOOKKEEPING | unread(settings)",
+        "left_out = BOOKKEEPING",
+        "tests/unit/test_once.py::test_a_setting_that_the_method_does_not_read_may_be_another",
     ),
     Mutant(
         "duet_mlx/compare.py",

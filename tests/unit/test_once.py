@@ -33,6 +33,15 @@ def there(settings_and_run, tmp_path):
     return replace(settings, adapter_path=str(shutil.copytree(run, tmp_path / "run"))), tmp_path / "run"
 
 
+def cut_off_at_2(folder):
+    """As if the run had been stopped after two steps."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "step": 2}))
+    state = str(folder / "optimizer.safetensors")
+    arrays, meta = mx.load(state, return_metadata=True)
+    mx.save_safetensors(state, arrays, {**meta, "step": "2"})
+
+
 def adapter(folder):
     return (folder / "adapters.safetensors").read_bytes()
 
@@ -59,6 +68,9 @@ def test_a_setting_that_the_method_does_not_read_may_be_another(there, capsys):
     settings, folder = there
     train_once(replace(settings, answer_tokens=7, retain_loss="kl", refusals="nowhere.txt"))
     assert "nothing to train" in capsys.readouterr().out
+    cut_off_at_2(folder)
+    train_once(replace(settings, answer_tokens=8, recipe="paper"))
+    assert "going on from step 2" in capsys.readouterr().out
 
 
 def test_another_setting_sets_it_aside_with_all_its_bytes(there):
@@ -75,11 +87,7 @@ def test_one_that_was_cut_off_is_gone_on_with(there, capsys):
     said = capsys.readouterr().out
     assert "settings or questions have changed" in said  # another length is another schedule
     train_once(replace(settings, iters=4))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "step": 2}))
-    state = str(folder / "optimizer.safetensors")
-    arrays, meta = mx.load(state, return_metadata=True)
-    mx.save_safetensors(state, arrays, {**meta, "step": "2"})
+    cut_off_at_2(folder)
     train_once(replace(settings, iters=4))
     assert "going on from step 2" in capsys.readouterr().out
 
