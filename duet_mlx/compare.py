@@ -19,20 +19,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compare_checks import check_inputs, check_methods, check_validation, chosen_from, evaluation_of, note_choice
 from .compare_grid import CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
-from .compare_runs import evaluated, json_of, reads, record_of, run, wanted
+from .compare_runs import evaluated, record_of, run, wanted
 from .compare_table import Result, points_of, report_of, rows_of, shift
-from .data import file_hash, load_queries
-from .errors import ConfigError, DataError, DuetError, ModelError, TrainingError, note, run_cli
-from .evaluate import UNLEARNED, EvaluateSettings, check_questions, check_settings
-from .files import as_json, make_folder, new_name, only_run_in, write_text
+from .data import load_queries
+from .errors import ConfigError, TrainingError, note, run_cli
+from .evaluate import UNLEARNED, EvaluateSettings
+from .files import as_json, json_of, make_folder, new_name, only_run_in, write_text
 from .groups import GROUPS, groups_of
-from .methods import METHODS
 from .metrics import FORGET, TRAINED
 from .provenance import provenance
-from .report import load_beside
-from .settings import parse, read_yaml, require
-from .train import read_questions
+from .settings import parse, require
 
 if TYPE_CHECKING:
     from .lower import LowerStates
@@ -96,7 +94,7 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     )
     of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
     if settings.dry_run:
-        return {"table": planned(settings, grids, swept, test, of_sweeps), "failed": []}
+        return {"table": planned(settings, grids, swept, test), "failed": []}
     earlier: LowerStates = {}
     chosen, failed, tried = choose(settings, grids, test, earlier)
 
@@ -128,69 +126,24 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
     return gather(settings, shown, swept_results, seeds, failed, tried)
 
 
-def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
-    """What --evaluate names, with the groups of --also; with --quick by its own settings.
-
-    Raises:
-        ConfigError: what `duet_mlx.evaluate` refuses.
-    """
-    read_yaml(settings.evaluate, "--evaluate")
-    over = settings.quick_evaluate if settings.quick else {}
-    argv = ["-c", settings.evaluate]
-    test = parse(EvaluateSettings, "python -m duet_mlx.evaluate", "Evaluate.", argv, None, over, "quick_evaluate")
-    return replace(test, also=(*test.also, *settings.also), trained=() if settings.quick else test.trained)
-
-
-def check_validation(settings: CompareSettings, grids: dict[str, list[Trial]]) -> None:
-    """Raise ConfigError where trials, or methods, are to be chosen from by validation questions that are not named."""
-    for name, trials in grids.items():
-        for s in (trial.settings for trial in trials if chosen_from(settings, trials)):
-            if missing := [key for key in ("valid_forget", "valid_retain") if not getattr(s, key)]:
-                raise ConfigError(
-                    f"methods {name}: --train {settings.train} names no {missing[0]}, by which the best of several "
-                    "trials is chosen, and with several seeds the best of the methods"
-                )
-            if strange := [file for file in settings.valid_neighbours if file not in s.valid_retain]:
-                raise ConfigError(f"--valid-neighbours {strange[0]}: is none of {name}'s valid_retain files")
-
-
-def note_choice(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> None:
-    """Say where settings are chosen by other means than they should be: by the test itself, or without neighbours."""
-    chosen_by = {f for s in (t.settings for t in trials) for f in (*s.valid_forget, *s.valid_retain)}
-    if {*map(file_hash, chosen_by)} & {*map(file_hash, (*test.forget, *test.retain, *test.neighbours))}:
-        note("note: the best settings are chosen by questions of the test: valid_forget or valid_retain name its files")
-    if test.neighbours and not settings.valid_neighbours:
-        note(
-            "note: the test has neighbours and the choice has none: name their validation files in valid_neighbours too"
-        )
-
-
-def chosen_from(settings: CompareSettings, trials: Sequence[Trial]) -> bool:
-    """Whether the trials of a method are asked the validation questions."""
-    return len(trials) > 1 or settings.seeds > 1
-
-
 def planned(
-    settings: CompareSettings,
-    grids: dict[str, list[Trial]],
-    swept: dict[str, list[Trial]],
-    test: EvaluateSettings,
-    of_sweeps: EvaluateSettings,
+    settings: CompareSettings, grids: dict[str, list[Trial]], swept: dict[str, list[Trial]], test: EvaluateSettings
 ) -> str:
     """What is there and what is to come, a line for each name, as --dry-run prints it."""
-    lines: list[str] = []
-    to_come: list[tuple[dict, int]] = []  # what each run reads, and its steps
+    lines, to_come = [], []
     for name, trials in (grids | swept).items():
-        there = [record_of(trial) for trial in trials]
-        for trial in (trial for trial, file in zip(trials, there, strict=True) if not file):
-            if (one := (wanted(trial), trial.settings.iters)) not in to_come:
-                to_come.append(one)
+        there = diverged = 0
+        for trial in trials:
+            done = wanted(trial)
+            if found := record_of(trial, done):
+                there, diverged = there + 1, diverged + ("failed" in found[1])
+            elif done not in to_come:
+                to_come.append(done)
         if trials:
-            files = [file for file in there if file]
-            diverged = sum("failed" in json_of(file) for file in files)
             more = f", {diverged} of them diverged" if diverged else ""
-            lines.append(f"{name}: {len(files)} of {len(trials)} runs there{more}")
-    lines.append(f"to train: {len(to_come)} runs, {sum(steps for _, steps in to_come):,} steps at most")
+            lines.append(f"{name}: {there} of {len(trials)} runs there{more}")
+    steps = sum(done["settings"]["iters"] for done in to_come)
+    lines.append(f"to train: {len(to_come)} runs, {steps:,} steps at most")
     if (best := min(settings.best, sum(map(bool, grids.values())))) and settings.seeds > 1 and not settings.only:
         lines.append(f"then {settings.seeds - 1} more seeds of the {best} best methods, those that are there left out")
 
@@ -204,74 +157,8 @@ def planned(
             f"questions of the test: {count(test)} a method; reverse prompts, benchmarks and --trained add to it"
         )
     if swept:
-        lines.append(f"questions of a sweep: {count(of_sweeps)} a run")
+        lines.append(f"questions of a sweep: {count(asked_of_sweeps(test, settings.sweep_questions))} a run")
     return "\n".join(lines)
-
-
-def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: EvaluateSettings) -> EvaluateSettings:
-    """Read the questions of all trials, and those of the test, once; see that the base is there, and fits them.
-
-    Returns:
-        The test, of the model that is trained.
-
-    Raises:
-        DuetError: what is wrong with them, and what makes them if --made-by says so.
-    """
-    from .model import resolve_model
-
-    models = {trial.settings.model: trial.name for trial in trials}
-    check_settings(replace(test, model=trials[0].settings.model, out=settings.out, overwrite=True))
-    hint = f"; `{settings.made_by}` makes it" if settings.made_by else ""
-    try:
-        for each in {str(reads(trial.settings)): trial.settings for trial in trials}.values():
-            read_questions(each)
-        load_beside(test.beside, ())
-        for model in (*models, *filter(None, [test.retrained])):
-            resolve_model(model)
-        if test.model:
-            models.setdefault(test.model, f"--evaluate {settings.evaluate}")
-        if len(models) > 1:
-            listed = ", ".join(f"{model} ({name})" for model, name in models.items())
-            raise ConfigError(f"model: {listed}: a comparison has one base; compare others in another --out")
-        test = replace(test, model=next(iter(models)))
-        check_questions(test)
-    except (DataError, ModelError) as error:
-        raise type(error)(f"{error}{hint if 'no such' in str(error) else ''}") from error
-    return test
-
-
-def check_methods(trials: Sequence[Trial]) -> str:
-    """Ask of each trial what `duet_mlx.train` asks before it trains, of the one model that is loaded; its hash.
-
-    Raises:
-        DuetError: a method, LoRA, schedule, file or length that cannot be; the trial is named.
-    """
-    import mlx.core as mx
-
-    from .head import check_head
-    from .labels import check_model, given_labels
-    from .loop import make_optimizer
-    from .model import load_model, weights_hash, window
-    from .teacher import check_lengths
-
-    first = trials[0].settings
-    model, tokenizer, folder = load_model(first.model, trust_remote_code=first.trust_remote_code)
-    found, read = check_head(model, mx.array([[0]])), set()
-    for trial in trials:
-        s = trial.settings
-        try:
-            make_optimizer(s)
-            check_model(s, model, found)
-            words = (s.positions, s.answer_tokens, s.max_seq_length, s.retain_context, s.refusals)
-            if (asked := str([reads(s), words])) not in read:
-                read.add(asked)
-                queries, valid, contexts = read_questions(s)
-                check_lengths(tokenizer, queries + valid, contexts, s, window(folder))
-                if METHODS[s.method].labels != "teacher":
-                    given_labels(tokenizer, queries, s)
-        except DuetError as error:
-            raise type(error)(f"methods {trial.name}{f' {trial.values}' if trial.values else ''}: {error}") from error
-    return weights_hash(model)
 
 
 # --- which is best, and what it says ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ from .data import digest
 from .errors import ConfigError, nearest
 from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
 from .files import write_text
-from .methods import METHODS, unread
+from .methods import METHODS, numbers_of, unread
 from .once import essence
 from .settings import read_yaml, setting
 from .train_settings import LORA, TrainSettings, parse_settings
@@ -47,7 +47,9 @@ class CompareSettings:
     quick: bool = setting(False, "first trial of each grid, one seed, test questions alone, by quick_settings")
     quick_settings: dict = setting({"iters": 40}, "settings of duet_mlx.train for --quick")
     quick_evaluate: dict = setting({}, "settings of duet_mlx.evaluate for --quick")
-    dry_run: bool = setting(False, "check all, print which runs are there and which are to come, and stop")
+    dry_run: bool = setting(
+        False, "load the base and check all; print which runs are there, and how many are to come; stop"
+    )
     made_by: str = setting("", "command that makes the files that are read here; said where one of them is missing")
     out: str = setting("", "folder for the runs, results.json, table.md and pictures")
 
@@ -77,11 +79,12 @@ def all_trials(settings: CompareSettings) -> tuple[dict[str, list[Trial]], dict[
     Raises:
         ConfigError: as `names_to_run`, `grid_of`, `same_budget` and `trial_of`.
     """
+    names = names_to_run(settings)
     grids = {name: grid_of(settings, name, grid) for name, grid in (settings.methods | settings.sweeps).items()}
     # With --only as well: that the whole is refused is better known before its parts are run.
     same_budget({name: len(grids[name].combinations) for name in settings.methods if grids[name].combinations})
     methods, sweeps = (
-        {name: trials_of(settings, name, grids[name]) for name in part if name in names_to_run(settings)}
+        {name: trials_of(settings, name, grids[name]) for name in part if name in names}
         for part in (settings.methods, settings.sweeps)
     )
     return methods, sweeps
@@ -101,8 +104,9 @@ def names_to_run(settings: CompareSettings) -> list[str]:
     if both := settings.methods.keys() & settings.sweeps.keys():
         raise ConfigError(f"methods and sweeps: {min(both)} names a grid in each; choose another name for one")
     names = [*settings.methods, *settings.sweeps]
-    if pair := _alike({name: folder_of(settings, name) for name in names}):
-        raise ConfigError(f"methods and sweeps: {pair[0]!r} and {pair[1]!r} would share a folder; rename one of them")
+    if pair := _alike([_folded(folder_of(settings, name)) for name in names]):
+        one, other = (names[number] for number in pair)
+        raise ConfigError(f"methods and sweeps: {one!r} and {other!r} would share a folder; rename one of them")
     for name in settings.only:
         if name not in names:
             more = " (--quick runs no sweeps)" if settings.quick else ""
@@ -150,19 +154,14 @@ def trials_of(settings: CompareSettings, name: str, grid: Grid) -> list[Trial]:
         ConfigError: as `trial_of`; two that would share a folder, or are one run; a setting without effect on any.
     """
     trials = [trial_of(settings, name, grid.method, values, grid.varied) for values in grid.combinations]
-    if trials and not settings.quick:  # that has one trial, and settings for all methods
-        ignored = set.intersection(*(unread(trial.settings) for trial in trials))
-        for key in ignored & {*((settings.methods | settings.sweeps)[name] or ())}:
-            why = {"learning_rate": " with an lr_schedule", "first_share": " at one position"}.get(key, "")
-            if key in ("retain_loss", "batch_size") and METHODS[grid.method].labels != "teacher":
-                why = " at alpha 0"
-            raise ConfigError(f"methods {name}: {key}: {grid.method}{why} does not read it; take it out")
-    for one, other in itertools.combinations(trials, 2):
-        if essence(one.settings) == essence(other.settings):
-            raise ConfigError(
-                f"methods {name}: {one.values} and {other.values} are one run; each trial is to be another"
-            )
-    if pair := _alike({number: trial.folder for number, trial in enumerate(trials)}):
+    own = () if settings.quick else (settings.methods | settings.sweeps)[name] or ()  # quick_settings are for all
+    for key in own:
+        if trials and all(key in unread(trial.settings) for trial in trials):
+            raise ConfigError(f"methods {name}: {key}: {grid.method} does not read it here; take it out")
+    if pair := _alike([essence(trial.settings) for trial in trials]):
+        one, other = (trials[number].values for number in pair)
+        raise ConfigError(f"methods {name}: {one} and {other} are one run; each trial is to be another")
+    if pair := _alike([_folded(trial.folder) for trial in trials]):
         one, other = (trials[number].values for number in pair)
         raise ConfigError(f"methods {name}: {one} and {other} would share a folder; rename a file, or use two entries")
     return trials
@@ -190,7 +189,7 @@ def trial_of(settings: CompareSettings, name: str, method: str, values: dict[str
         elif key in NOT_FOR_A_GRID:
             raise ConfigError(f"methods {name}: {key}: each run has its own; take it out")
         else:
-            own = ", ".join(METHODS[method].defaults) or "no numbers"
+            own = numbers_of(method) or "no numbers"
             hint = nearest(str(key), [*known, *METHODS[method].defaults, *LORA])
             raise ConfigError(f"methods {name}: unknown setting {key!r}{hint}; {method} has {own} of its own")
     for group, given in inner.items():  # beside those of a whole group, wherever that stands
@@ -230,10 +229,15 @@ def write_config(trial: Trial) -> None:
     write_text(trial.folder / "config.yaml", yaml.safe_dump(trial.config, sort_keys=False, allow_unicode=True))
 
 
-def _alike(folders: dict[Any, Path]) -> tuple[Any, Any] | None:
-    """The first two that have the same folder, on a disk that takes A for a as well."""
-    names = {key: str(folder).casefold() for key, folder in folders.items()}
-    return next(((one, other) for one, other in itertools.combinations(names, 2) if names[one] == names[other]), None)
+def _alike(of: list[Any]) -> tuple[int, int] | None:
+    """The places of the first two that are equal."""
+    pairs = itertools.combinations(range(len(of)), 2)
+    return next(((one, other) for one, other in pairs if of[one] == of[other]), None)
+
+
+def _folded(folder: Path) -> str:
+    """The same for two folders that are one on a disk that takes A for a."""
+    return str(folder).casefold()
 
 
 def _file_name(text: str) -> str:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .benchmark_run import describe, load_benchmarks
 from .compare_grid import Trial, write_config
 from .data import file_hash
-from .errors import DivergedError, note
+from .errors import DivergedError, DuetError, note
 from .evaluate import UNLEARNED, EvaluateSettings, evaluate
-from .files import as_json, write_files, write_text
+from .files import as_json, json_of, new_name, write_files, write_text
 from .kept_answers import code_hash
 from .methods import METHODS, states_of, unread
 from .once import essence, is_same, saved_config, train_once
@@ -38,10 +38,10 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     import mlx.core as mx
 
     s, file, done = trial.settings, trial.folder / "run.json", wanted(trial)
-    if there_is := record_of(trial):
-        if there_is != file:
-            _copy_run(trial, there_is)
-        return json_of(there_is).get("failed", "")
+    if there_is := record_of(trial, done):
+        if there_is[0] != file:
+            _copy_run(trial, *there_is)
+        return there_is[1].get("failed", "")
     record = json_of(file)
     print(f"\n== {trial.name} {trial.values or ''} seed {s.seed}", flush=True)
     write_config(trial)
@@ -85,22 +85,23 @@ def wanted(trial: Trial) -> dict[str, Any]:
     return {"settings": essence(s), "files": {str(file): file_hash(file) for file in files}}
 
 
-def record_of(trial: Trial) -> Path | None:
-    """The run.json of this run, or of the same one under another name, if it has ended and nothing has changed."""
-    files = wanted(trial)["files"]
+def record_of(trial: Trial, done: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The run.json of this run, or of the same one under another name, and what it holds, if all is as it was.
+
+    Args:
+        done: what `wanted` gives.
+    """
     own = trial.folder / "run.json"
-    if _is_whole(trial, own, files):
-        return own
-    if saved_config(Path(trial.settings.adapter_path)) is not None:  # `train_once` sets aside what is another
-        return None
-    others = _newest_first(_runs(trial).glob("**/run.json"))
-    return next((file for file in others if _is_whole(trial, file, files)), None)
+    for file in (own, *_newest_first(_runs(trial).glob("**/run.json"))):
+        record = json_of(file)
+        if _is_whole(trial, file, record, done["files"]):
+            return file, record
+    return None
 
 
-def _is_whole(trial: Trial, file: Path, files: dict[str, str]) -> bool:
+def _is_whole(trial: Trial, file: Path, record: dict[str, Any], files: dict[str, str]) -> bool:
     """Whether a run.json is of a run of these settings, files and base that has ended, and its adapter is there."""
-    record, s = json_of(file), trial.settings
-    before = record.get("files")
+    s, before = trial.settings, record.get("files")
     if "seconds" not in record or not isinstance(before, dict) or not files.items() <= before.items():
         return False
     if not is_same(s, record.get("settings")):
@@ -110,7 +111,8 @@ def _is_whole(trial: Trial, file: Path, files: dict[str, str]) -> bool:
     saved = saved_config(file.parent / "adapters")
     if saved is None or not is_same(s, saved.get("settings")):
         return False
-    return (saved.get("targets") or {}).get("model") == trial.base
+    targets = saved.get("targets")
+    return isinstance(targets, dict) and targets.get("model") == trial.base
 
 
 def newer(model: str, file: Path) -> bool:
@@ -119,15 +121,17 @@ def newer(model: str, file: Path) -> bool:
     return any(part.stat().st_mtime > file.stat().st_mtime for part in (path, *path.glob("*")) if part.is_file())
 
 
-def _copy_run(trial: Trial, file: Path) -> None:
-    """Take the adapter and the record of the same run under another name."""
-    note(f"{trial.folder}: a copy of {file.parent}, which is the same run")
+def _copy_run(trial: Trial, file: Path, record: dict[str, Any]) -> None:
+    """Take the adapter and the record of the same run under another name; another adapter in this folder is kept."""
+    mine = Path(trial.settings.adapter_path)
+    kept = ""
+    if saved_config(mine) is not None:
+        kept = f"; the earlier adapter is kept in {mine.rename(new_name(mine))}"
+    note(f"{trial.folder}: a copy of {file.parent}, which is the same run{kept}")
     write_config(trial)
-    record = {**json_of(file), "same_as": str(file.parent)}
     if "failed" not in record:
-        files = (file.parent / "adapters" / name for name in ("adapter_config.json", "adapters.safetensors"))
-        _copy(files, Path(trial.settings.adapter_path))
-    write_text(trial.folder / "run.json", json.dumps(record, indent=1) + "\n")
+        _copy((file.parent / "adapters" / name for name in ("adapter_config.json", "adapters.safetensors")), mine)
+    write_text(trial.folder / "run.json", json.dumps({**record, "same_as": str(file.parent)}, indent=1) + "\n")
 
 
 # Settings that say which questions a run reads, and how; and what its targets hang on beside these and the method.
@@ -155,18 +159,21 @@ def _lend_targets(trial: Trial) -> None:
 
     known = {field.name for field in fields(TrainSettings)}
     for targets in _newest_first(_runs(trial).glob("**/adapters/targets.safetensors")):  # which a copy has not
-        config = json_of(targets.with_name("adapter_config.json"))
-        saved = {k: v for k, v in config.get("settings", {}).items() if k in known}
-        if saved and kind(TrainSettings(**saved)) == kind(trial.settings):
-            return _copy(targets.parent.glob("*targets.safetensors"), mine)
+        with suppress(
+            DuetError, AttributeError, KeyError, TypeError, ValueError
+        ):  # a file of another version, or spoilt
+            saved = json_of(targets.with_name("adapter_config.json"))["settings"].items()
+            if kind(TrainSettings(**{k: v for k, v in saved if k in known})) == kind(trial.settings):
+                return _copy(targets.parent.glob("*targets.safetensors"), mine)
 
 
 def _newest_first(files: Iterable[Path]) -> list[Path]:
     """Files by age; those that their run has taken away in the meantime are left out."""
     ages = {}
-    for file in files:
-        with suppress(FileNotFoundError):
-            ages[file] = file.stat().st_mtime
+    with suppress(FileNotFoundError):  # a folder may be renamed while it is looked through
+        for file in files:
+            with suppress(FileNotFoundError):
+                ages[file] = file.stat().st_mtime
     return sorted(ages, key=lambda file: -ages[file])
 
 
@@ -218,7 +225,7 @@ def _lend_answers(trial: Trial, out: Path) -> None:
     """
     if (
         not (out / KEPT).exists()
-        and (of_same := Path(json_of(trial.folder / "run.json").get("same_as", ""), out.name, KEPT)).is_dir()
+        and (of_same := Path(str(json_of(trial.folder / "run.json").get("same_as", "")), out.name, KEPT)).is_dir()
     ):
         return _copy(of_same.glob("*"), out / KEPT)
     newest: dict[str, Path] = {}
@@ -226,12 +233,3 @@ def _lend_answers(trial: Trial, out: Path) -> None:
         newest.setdefault(file.name, file)
     lent = (file for name, file in newest.items() if UNLEARNED not in name and file.parent != out / KEPT)
     _copy(lent, out / KEPT)
-
-
-def json_of(path: Path) -> dict[str, Any]:
-    """A JSON file of ours; {} if it is not there, was cut off, or holds something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -23,7 +23,7 @@ from .errors import ConfigError, ModelError
 from .estimate import Estimate, estimate
 from .head import NO_HEAD, find_head
 from .labels import check_model, given_labels
-from .methods import METHODS
+from .methods import METHODS, reads_retain
 from .model import HUB_FILES, on_gpu, resolve_model, window
 from .teacher import check_lengths
 from .train import read_questions
@@ -57,7 +57,8 @@ def dry_run(settings: TrainSettings) -> None:
     print(f"model      {found.parameters / 1e6:.1f} M numbers, {size(weights)} here")
     print(f"trained    {found.trained / 1e6:.2f} M, LoRA on {', '.join(found.keys)} of the last {found.layers} layers")
     print(f"questions  {len(queries)}, {forget} of them to forget; {found.read_once} tokens with contexts, read once")
-    print(f"steps      {settings.iters} of {settings.batch_size} questions: at most {found.tokens} tokens")
+    each = settings.batch_size if reads_retain(settings) else settings.forget_per_batch
+    print(f"steps      {settings.iters} of {each} questions: at most {found.tokens} tokens")
     for phase in found.phases:
         parts = ", ".join(f"{name} {size(held)}" for name, held in phase.held.items() if held)
         print(f"memory     {size(phase.total)} in {phase.name}: {parts}")

@@ -23,7 +23,7 @@ from .kept_targets import SHARD
 from .loop import make_optimizer, make_step
 from .lower import Lower, find_stack, hidden_at
 from .memory import nbytes, peak_bytes
-from .methods import METHODS, method_loss, reads_retain
+from .methods import METHODS, method_loss, reads_retain, states_of
 from .model import add_lora, lora_keys
 from .stream import Stream
 from .teacher import Targets, context_of, decoded_at_once, rows_at_once
@@ -231,7 +231,7 @@ def estimate(
     count = len(queries) + (len(forget) if method.labels == "both" else 0)
     into_last = hidden_at(model, len(model.layers) - 1, token)
     width = settings.top_k * (2 if settings.candidates == "union" else 1) if method.frozen == "candidates" else 1
-    states = into_last.shape[-1] if method.frozen in ("logits", "layer") else 0
+    states = into_last.shape[-1] if states_of(settings) else 0
     stream = Stream(prompts, placeholder_targets(count, n, width, states), prefix, forget)
     steps = stream.schedule(forget, kept, settings)
 

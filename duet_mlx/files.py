@@ -55,6 +55,15 @@ def write_text(path: Path, text: str) -> None:
     write_files(path.parent, {path.name: lambda partial: partial.write_text(text, encoding="utf-8")})
 
 
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON file of ours; {} if it is not there, was cut off, or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def as_json(value: Any) -> Any:
     """As JSON gives it back: tuples are lists there, and infinity, for which it has no word, is text."""
     return json.loads(json.dumps(value), parse_constant=str)

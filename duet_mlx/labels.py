@@ -16,7 +16,7 @@ import numpy as np
 from .context import Context, check_fits, render
 from .data import Query, in_turn
 from .errors import ConfigError, DataError
-from .methods import METHODS, parameters, states_of, unread
+from .methods import METHODS, parameters, retain_kl, states_of, unread
 from .tables import read_lines
 from .teacher import Targets, context_of, forced_logits, teacher_targets, vocabulary_of
 
@@ -105,7 +105,7 @@ def check_method(settings: TrainSettings, model: nn.Module, head: nn.Module | No
             "this model or its LoRA allows none (see the note above)"
         )
     if method.frozen == "layer":
-        if settings.retain_loss == "kl" and "retain_loss" not in unread(settings):
+        if retain_kl(settings):
             raise ConfigError(f"--retain-loss kl: --method {settings.method} has a retain term of its own")
         layer, count = parameters(settings)["layer"], len(model.layers)
         first = 0 if settings.num_layers == -1 else count - settings.num_layers

@@ -186,13 +186,17 @@ def states_of(settings: TrainSettings) -> str:
     method = METHODS[settings.method]
     if method.frozen == "layer":
         return "layer"
-    retain_kl = settings.retain_loss == "kl" and "retain_loss" not in unread(settings)
-    return "head" if method.frozen == "logits" or retain_kl else ""
+    return "head" if method.frozen == "logits" or retain_kl(settings) else ""
 
 
 def reads_retain(settings: TrainSettings) -> bool:
     """Whether retain questions enter the loss."""
     return parameters(settings).get("alpha", 1.0) > 0
+
+
+def retain_kl(settings: TrainSettings) -> bool:
+    """Whether retain questions are held to the base's logits, not to the words of its answers."""
+    return settings.retain_loss == "kl" and "retain_loss" not in unread(settings)
 
 
 def unread(settings: TrainSettings) -> set[str]:
@@ -210,7 +214,7 @@ def unread(settings: TrainSettings) -> set[str]:
     if method.labels not in ("refusals", "both"):
         names.add("refusals")
     if not reads_retain(settings):
-        names |= {"retain_loss", "batch_size"}
+        names.add("retain_loss")
     if settings.lr_schedule:
         names.add("learning_rate")
     return names
@@ -235,7 +239,7 @@ def method_loss(
     from . import baselines
 
     method, numbers = METHODS[settings.method], parameters(settings)
-    if settings.retain_loss == "kl" and states_of(settings) == "head":
+    if retain_kl(settings) and method.frozen != "layer":
         method = method._replace(
             retain=lambda losses, r: losses.full_vocabulary_kl(r.student, r.base, r.batch.position_mask)
         )

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .files import as_json, new_name
+from .files import as_json, json_of, new_name
 from .methods import unread
-from .resume import load_state
+from .resume import BOOKKEEPING, load_state
 from .train import TrainSettings, prepare, train
 
 if TYPE_CHECKING:
     from .lower import LowerStates
 
-# Settings that say how a run is watched and kept, not what comes out of it; a recipe is in what it sets.
-BOOKKEEPING = {
-    "adapter_path", "max_seq_length", "overwrite", "recipe", "resume_adapter_file", "save_every", "steps_per_eval",
-    "steps_per_report", "valid_forget", "valid_retain",
-}  # fmt: skip
-
 
 def saved_config(folder: Path) -> dict[str, Any] | None:
     """The adapter_config.json of a folder that holds an adapter, else None."""
-    if not (folder / "adapters.safetensors").is_file():
-        return None
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return config if isinstance(config, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    return json_of(folder / "adapter_config.json") if (folder / "adapters.safetensors").is_file() else None
 
 
 def essence(settings: TrainSettings) -> dict[str, Any]:

@@ -12,12 +12,16 @@ from .files import as_json, partial_of
 from .methods import unread
 from .train_settings import TrainSettings
 
-# When a run is gone on with, these settings may be others: they say how it is watched, kept and computed. (What the
-# files and --model hold is compared by hash, LoRA and layers as they were resolved.)
-FREE = {
-    "model", "forget", "retain", "neighbours", "valid_forget", "valid_retain", "context", "topic", "refusals",
-    "adapter_path", "recipe", "num_layers", "lora_parameters", "grad_checkpoint", "max_seq_length",
-    "steps_per_report", "steps_per_eval", "save_every", "resume_adapter_file", "overwrite", "trust_remote_code",
+# Settings that say how a run is watched and kept, not what comes out of it; a recipe is in what it sets.
+BOOKKEEPING = {
+    "adapter_path", "max_seq_length", "overwrite", "recipe", "resume_adapter_file", "save_every", "steps_per_eval",
+    "steps_per_report", "valid_forget", "valid_retain",
+}  # fmt: skip
+# These may be others as well when a run is gone on with. (What the files and --model hold is compared by hash, LoRA and
+# layers as they were resolved.)
+FREE = BOOKKEEPING | {
+    "model", "forget", "retain", "neighbours", "context", "topic", "refusals", "num_layers", "lora_parameters",
+    "grad_checkpoint", "trust_remote_code",
 }  # fmt: skip
 # These shape the steps still to come, and changing them is what one resumes for; it is said. All else must be the same.
 FROM_HERE_ON = ("iters", "learning_rate", "lr_schedule", "max_grad_norm")
@@ -112,8 +116,9 @@ def check_same_run(file: str, state: State, saved: dict[str, Any], config: dict[
     config = as_json(config)  # as it comes back from a file
     before, here = saved.get("settings", {}), config["settings"]
     lora_before, lora = saved.get("lora_parameters", {}), config["lora_parameters"]
-    free = FREE | unread(TrainSettings(**here)) | set(FROM_HERE_ON)
-    same = {name: (before[name], here[name]) for name in before.keys() & here.keys() - free}
+    ignored = unread(TrainSettings(**here))
+    same = {name: (before[name], here[name]) for name in before.keys() & here.keys() - FREE - ignored}
+    same = {name: both for name, both in same.items() if name not in FROM_HERE_ON}
     same |= {f"lora_parameters {name}": (lora_before.get(name), lora[name]) for name in lora}
     same["num_layers"] = (saved.get("num_layers"), config["num_layers"])
     for name, (old, new) in sorted(same.items()):
@@ -136,7 +141,8 @@ def check_same_run(file: str, state: State, saved: dict[str, Any], config: dict[
             raise ConfigError(f"{flag}: {what} not what it was trained with; train anew into another folder")
     if state.step >= here["iters"]:
         raise ConfigError(f"{flag}: is at step {state.step}, and --iters is {here['iters']}: nothing is left to train")
-    return [f"{n} {here[n]} (was {before[n]})" for n in FROM_HERE_ON if n in before and before[n] != here[n]]
+    changed = [name for name in FROM_HERE_ON if name in before.keys() - ignored and before[name] != here[name]]
+    return [f"{name} {here[name]} (was {before[name]})" for name in changed]
 
 
 def check_fits(file: str, state: State, model) -> None:

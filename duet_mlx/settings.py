@@ -101,7 +101,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0] if "unrecognized" in message else ""
         hint = nearest(unknown, flags) if unknown else ""
         name, _, value = unknown.lstrip("-").partition("=")
         if group := self.group_of.get(name.replace("-", "_")):  # --alpha 5, --rank 4

@@ -65,7 +65,9 @@ class TrainSettings:
     batch_size: int = setting(8, "queries a step")
     forget_per_batch: int = setting(2, "of these, forget queries; the rest retain")
     learning_rate: float = setting(3e-4, "peak of Adam's step size")
-    lr_schedule: dict = setting({}, "schedule as in mlx-lm's YAML; by default warm-up over 10 steps, then cosine to 0")
+    lr_schedule: dict = setting(
+        {}, "schedule as in mlx-lm's YAML; by default warm-up over a tenth of the steps, 10 at most, then cosine to 0"
+    )
     grad_accumulation_steps: int = setting(1, "steps whose gradients are averaged into one update")
     max_grad_norm: float = setting(0.0, "clip the gradient's norm to this (0: off; Huber already bounds it)")
     grad_checkpoint: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
@@ -118,10 +120,12 @@ def parse_settings(
     if not (settings.retain or settings.neighbours):
         # Allowed (reference/README.md has such a row), but then every query of a batch is a forget query.
         return replace(settings, forget_per_batch=settings.batch_size)
-    if not 1 <= settings.forget_per_batch <= settings.batch_size - reads_retain(settings):
+    most = settings.batch_size - reads_retain(settings)
+    if not 1 <= settings.forget_per_batch <= most:
+        why = ", or no retain question would ever be trained on" if reads_retain(settings) else ""
         raise ConfigError(
             f"--forget-per-batch {settings.forget_per_batch} of --batch-size {settings.batch_size}: expected 1 or "
-            "more, and fewer than the batch holds, or no retain question would ever be trained on"
+            f"more, and at most {most}{why}"
         )
     return settings
 
@@ -149,6 +153,8 @@ def _schedule(given: dict[str, Any]) -> dict[str, Any]:
     """mlx-lm's lr_schedule with its numbers as numbers: YAML reads 1e-5 as text."""
     _known_keys("lr_schedule", given, ("name", "arguments", "warmup", "warmup_init"))
     schedule = dict(given)
+    if not isinstance(schedule.get("name", ""), str):
+        raise ConfigError(f"lr_schedule name: expected text, found {schedule['name']!r}")
     for key in ("warmup", "warmup_init"):
         if key in schedule:
             schedule[key] = _finite(f"lr_schedule {key}", schedule[key])

@@ -192,6 +192,7 @@ BAD_FLAGS = [
     (["--candidates", "untion"], ("--candidates", "untion", "union")),
     (["--recipe", "papper"], ("--recipe", "papper", "paper")),
     (["--posittions", "2"], ("--posittions", "--positions")),
+    ([""], ("unrecognized arguments",)),
     (["--alpha", "5"], ("--alpha 5; write --method-parameters alpha=…;",)),
     (["--direction-seed=5"], ("; write --method-parameters direction_seed=5;",)),
     (["--rank", "4"], ("; write --lora-parameters rank=…;",)),

@@ -17,20 +17,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from duet_mlx.compare import (
-    asked_of_sweeps,
-    check_inputs,
-    check_methods,
-    choose,
-    evaluation_of,
-    gather,
-    validation_of,
-)
+from duet_mlx.compare import asked_of_sweeps, choose, gather, validation_of
+from duet_mlx.compare_checks import check_inputs, check_methods, evaluation_of
 from duet_mlx.compare_grid import CompareSettings, all_trials
-from duet_mlx.compare_runs import _copy, json_of, newer
+from duet_mlx.compare_runs import _copy, newer
 from duet_mlx.errors import ConfigError
 from duet_mlx.evaluate import EvaluateSettings
-from duet_mlx.files import only_run_in
+from duet_mlx.files import json_of, only_run_in
 from duet_mlx.groups import groups_of
 from duet_mlx.methods import METHODS
 from duet_mlx.once import essence
@@ -174,11 +167,13 @@ def test_a_run_is_copied_from_the_same_one_alone_and_never_over_another_adapter(
     assert ended.code == 0 and f"{runs / 'all' / 'run'}: a copy of {runs / 'K' / 'top_k=5'}" in ended.err, ended.err
     assert json.loads((runs / "all" / "run" / "run.json").read_text())["same_as"] == str(runs / "K" / "top_k=5")
     # Now `all` is another run, and then again the one that there is under another name.
-    for iters, says in ((2, "== all"), (4, "the earlier adapter is kept in")):
+    for iters, says in ((2, "settings or questions have changed: the earlier adapter is kept in"), (4, "a copy of")):
+        before = (runs / "all" / "run" / "adapters" / "adapters.safetensors").read_bytes()
         ended = command(
             "compare", "-c", comparison({"npo": None}, sweeps=sweeps | {"all": {"method": "duet", "iters": iters}})
         )
-        assert ended.code == 0 and says in ended.out and "a copy of" not in ended.err, ended.err
+        assert ended.code == 0 and says in ended.out + ended.err, ended.err
+        assert before in [path.read_bytes() for path in runs.glob("all/run/adapters-until-*/adapters.safetensors")]
     # One whose adapter is gone is no run to copy.
     (runs / "K" / "top_k=3" / "adapters" / "adapters.safetensors").unlink()
     ended = command("compare", "-c", comparison({"npo": None}, sweeps={"three": {"method": "duet", "top_k": 3}}))
@@ -254,8 +249,9 @@ def test_values_that_would_share_a_folder_are_refused(comparison):
     [
         ({7: 5}, "methods npo: unknown setting 7"),
         ({"delta": [0.2, 1.0]}, "methods npo: delta: npo does not read it"),
-        ({"lr_schedule": {"name": "linear_schedule"}, "learning_rate": 1}, "npo with an lr_schedule does not read it"),
-        ({"alpha": 0.0, "retain_loss": "kl"}, "methods npo: retain_loss: npo at alpha 0 does not read it"),
+        ({"lr_schedule": {"name": "linear_schedule"}, "learning_rate": 1}, "learning_rate: npo does not read it here"),
+        ({"lr_schedule": {"name": [1]}, "alpha": [1, 2]}, "lr_schedule name: expected text, found [1]"),
+        ({"alpha": 0.0, "retain_loss": "kl"}, "methods npo: retain_loss: npo does not read it here"),
         ({"alpha": [0.0, 1.0], "retain_loss": ["nll", "kl"]}, "'retain_loss': 'kl'} are one run"),
         ({"save_every": [1, 2]}, "are one run"),
     ],
@@ -296,6 +292,13 @@ def test_what_a_run_has_cost_stays_when_there_is_nothing_left_to_train(command, 
         ended = command("compare", "-c", config)
         assert ended.code == 0 and "nothing to train" in ended.out, ended.err
         assert json.loads(file.read_text())["seconds"] == 1000.0 and "| 1000" in ended.out
+        # Nor has another value of what this method does not read, or a file that it does not read, made it another run.
+        train = yaml.safe_load((tmp_path / "train.yaml").read_text())
+        (tmp_path / "context.yaml").write_text("system: I know nothing.\n")
+        other = {"delta": 0.3, "context": str(tmp_path / "context.yaml")}
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump({**train, **other}))
+        ended = command("compare", "-c", config)
+        assert ended.code == 0 and "== npo" not in ended.out, ended.err
         # Of another run, that was cut off here, nothing is counted.
         file.write_text(json.dumps({"cut_off": True, "seconds": 1000.0, "settings": {"iters": 9}}))
         train = yaml.safe_load((tmp_path / "train.yaml").read_text())
@@ -466,6 +469,14 @@ def test_targets_are_lent_by_the_run_that_has_them_and_not_by_the_last_one(comma
     built = {run.partition(" ")[0]: "targets: built" in run for run in ended.out.split("== ")[1:-1]}
     assert ended.out.count("targets: built now") == 3  # none for validation questions, which no step watches
     assert "targets: reused" in ended.out.split("== δ")[1], built
+    # One that cannot be read, or is of another version, lends nothing and stops nothing.
+    spoilt = {"n/positions=1": None, "n/positions=2": {"method": "gone"}, "duet/run": {"method_parameters": 1}}
+    for run, settings in spoilt.items():
+        file = tmp_path / "out" / "runs" / run / "adapters" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "settings": settings}))
+    sweeps = {"K": {"method": "duet", "positions": 2, "delta": 0.7}}
+    ended = command("compare", "-c", comparison({"context": None}, sweeps=sweeps))
+    assert ended.code == 0 and "targets: built now" in ended.out, ended.err
 
 
 def test_a_file_that_is_being_written_is_not_lent(tmp_path):

@@ -54,7 +54,7 @@ def test_every_method_trains_from_questions_and_leaves_an_adapter_that_loads(com
 OTHERWISE = {
     "top_k": 7, "candidates": "teacher", "delta": 0.2, "center": False, "first_share": 0.1, "positions": 2,
     "retain_context": "teacher", "context": "refuse-all", "topic": "owls", "answers": "gold", "answer_tokens": 3,
-    "retain_loss": "kl", "refusals": "nowhere.txt", "batch_size": 5, "learning_rate": 1.0,
+    "retain_loss": "kl", "refusals": "nowhere.txt", "learning_rate": 1.0,
 }  # fmt: skip
 
 
@@ -97,11 +97,12 @@ def test_retention_by_kl_reads_the_bases_states_once(command, quick, tmp_path):
     assert "targets: reused" in said
 
 
-def test_validation_asks_retain_questions_of_methods_that_train_on_none(command, quick, data, tmp_path):
+def test_validation_asks_retain_questions_of_methods_that_train_on_none(command, quick, tmp_path):
     valid = write_questions(tmp_path / "valid.jsonl", ["What do birds make?"])
-    flags = [*answered(quick), "--method", "ga", "--retain-loss", "kl", "--valid-retain", str(valid)]
-    ended = command("train", *flags, "--steps-per-eval", "4")
-    assert ended.code == 0 and "validation loss, retain" in ended.out, ended.err
+    for method in (["ga"], ["rmu", *RMU, "alpha=0"]):  # at alpha 0; RMU has a retain term of its own, were there one
+        flags = ["--method", *method, "--retain-loss", "kl", "--valid-retain", str(valid), "--steps-per-eval", "4"]
+        ended = command("train", *answered(quick), *flags, "--overwrite")
+        assert ended.code == 0 and "validation loss, retain" in ended.out, ended.err
 
 
 def test_gold_answers_are_those_of_the_files(command, quick, tmp_path):

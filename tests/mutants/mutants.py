@@ -713,7 +713,7 @@ BACKEND = (
     ),
     Mutant(
         "duet_mlx/once.py",
-        "a baseline is trained again when a setting of DUET changes",
+        "a run is made again when a setting that it does not read changes",
         "left_out = BOOKKEEPING | unread(settings)",
         "left_out = BOOKKEEPING",
         "tests/unit/test_once.py::test_a_setting_that_the_method_does_not_read_may_be_another",

@@ -40,6 +40,7 @@ def data(tmp_path_factory) -> list[str]:
         (["--candidates", "teacher", "--positions", "1"], {**MEDIUM, "num_hidden_layers": 3, "vocab_size": 20000}),
         (["--method", "kl"], {**MEDIUM, "vocab_size": 20000, "tie_word_embeddings": False}),
         (["--method", "npo"], MEDIUM),
+        (["--method", "npo", "--retain-loss", "kl"], MEDIUM),
         # Most while it is dequantized.
         (["--candidates", "teacher", "--positions", "1"], {"bits": 4, "vocab_size": 40000, "hidden_size": 512}),
     ],
