@@ -644,7 +644,7 @@ def test_what_makes_a_missing_file_is_said(refused, comparison, tmp_path, key):
     refused("compare", "-c", config, says=("one.gguf: no such file; `make tofu` makes it",))
 
 
-@pytest.mark.parametrize(("name", "runs"), [("config", 96), ("tofu", 52)])
+@pytest.mark.parametrize(("name", "runs"), [("config", 104), ("tofu", 60)])
 def test_the_examples_grids_are_accepted_and_each_method_has_as_many_trials(tmp_path, monkeypatch, name, runs):
     monkeypatch.chdir(ROOT)
     settings = parse(CompareSettings, "compare", "Compare.", ["-c", f"examples/compare/{name}.yaml"])
