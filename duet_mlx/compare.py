@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .compare_checks import check_inputs, check_methods, check_validation, chosen_from, evaluation_of, note_choice
 from .compare_grid import CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
 from .compare_runs import evaluated, record_of, run, wanted
-from .compare_table import Result, points_of, report_of, rows_of, shift
+from .compare_table import LEGEND, Result, points_of, report_of, rows_of, shift, table_of
 from .data import load_queries
 from .errors import ConfigError, TrainingError, note, run_cli
 from .evaluate import UNLEARNED, EvaluateSettings
@@ -109,7 +109,7 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
 
     again: list[Trial] = []
     if settings.seeds > 1 and not settings.only:
-        ranked = sorted(chosen, key=lambda trial: -max(found for _, found in tried[trial.name]))
+        ranked = sorted(chosen, key=lambda trial: -max(map(shift_of, tried[trial.name])))
         again = [other_seed(trial, k) for trial in ranked[: settings.best] for k in range(1, settings.seeds)]
     shown = report(chosen, lambda trial: asked(trial, test, settings.trained))
     ablations = [trial for trials in swept.values() for trial in trials]
@@ -167,15 +167,15 @@ def planned(
 def choose(
     settings: CompareSettings, grids: dict[str, list[Trial]], test: EvaluateSettings, earlier: LowerStates
 ) -> tuple[list[Trial], list[dict], dict]:
-    """The best trial of each method by performance shift on the validation questions; what failed; all shifts.
+    """The best trial of each method by performance shift on the validation questions; what failed; all trials.
 
     Args:
         test: how questions are asked.  earlier: as in `compare_runs.run`.
     """
     chosen, failed = [], []
-    tried: dict[str, list[tuple[dict[str, Any], float]]] = {}
+    tried: dict[str, list[Result]] = {}
     for name, trials in grids.items():
-        shifts: list[tuple[Trial, float]] = []
+        ended: list[tuple[Trial, Result]] = []
         if not chosen_from(settings, trials):
             chosen += trials  # whether it comes to an end is seen when it is asked the test questions
             continue
@@ -183,14 +183,25 @@ def choose(
             if reason := run(trial, earlier):
                 failed.append({"name": name, "values": trial.values, "reason": reason})
             else:
-                shown = validation_of(settings, trial.settings, test)
-                shifts.append((trial, shift(evaluated(trial, shown, "valid"), UNLEARNED) or 0.0))
-        tried[name] = [(trial.values, found) for trial, found in shifts]
-        if shifts:
-            best, found = max(shifts, key=lambda one: one[1])  # of equal ones the first
+                rows = evaluated(trial, validation_of(settings, trial.settings, test), "valid")
+                ended.append((trial, result_of(trial, rows)))
+        tried[name] = [result for _, result in ended]
+        if ended:
+            best, result = max(ended, key=lambda one: shift_of(one[1]))  # of equal ones the first
             chosen.append(best)
-            note(f"{name}: {best.values or 'its one trial'} is the best of {len(shifts)}, shift {found:.1f}")
+            what = best.values or "its one trial"
+            note(f"{name}: {what} is the best of {len(ended)}, shift {shift_of(result):.1f}")
     return chosen, failed, tried
+
+
+def shift_of(result: Result) -> float:
+    """The performance shift of a run; 0 where nothing was asked that it is made of."""
+    return shift(result.rows, UNLEARNED) or 0.0
+
+
+def result_of(trial: Trial, rows: list[dict[str, Any]]) -> Result:
+    """A run with what it answered, and what its training cost."""
+    return Result(trial.name, trial.values, trial.settings.seed, rows, json_of(trial.folder / "run.json"))
 
 
 def validation_of(settings: CompareSettings, s: TrainSettings, test: EvaluateSettings) -> EvaluateSettings:
@@ -240,7 +251,7 @@ def asked(trial: Trial, test: EvaluateSettings, trained: bool, name: str = "test
         seen = only(test, forget=s.forget, forget_questions=count)
         of_trained = [row for row in evaluated(trial, seen, "trained") if row["group"] == FORGET]
         rows = rows + [{**row, "group": TRAINED} for row in of_trained]
-    return Result(trial.name, trial.values, trial.settings.seed, rows, json_of(trial.folder / "run.json"))
+    return result_of(trial, rows)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
@@ -252,9 +263,12 @@ def gather(
     swept: Sequence[Result],
     again: Sequence[Result],
     failed: list[dict],
-    tried: dict,
+    tried: dict[str, list[Result]],
 ) -> dict[str, Any]:
-    """results.json, table.md and pictures: of the methods, of those run again with other seeds, and of the sweeps."""
+    """results.json, table.md and pictures: of the methods, of those run again with other seeds, and of the sweeps.
+
+    And trials.md, of all trials on the validation questions, where there are several to choose from.
+    """
     from .compare_picture import ablations_picture, methods_picture
     from .picture import picture
 
@@ -264,7 +278,7 @@ def gather(
         "meta": {
             "settings": asdict(settings),
             "made_on": provenance(),
-            "tried": {name: [{**values, "shift": found} for values, found in of] for name, of in tried.items()},
+            "tried": {name: [{**one.values, "shift": shift_of(one)} for one in of] for name, of in tried.items()},
             "runs": [{"name": r.name, **r.values, "seed": r.seed, **r.cost} for r in (*shown, *swept, *again)],
         },
         "rows": rows,
@@ -274,8 +288,16 @@ def gather(
     }
     out = Path(settings.out)
     pictures, of_sweeps = ([out / f"{name}.{kind}" for kind in ("png", "svg")] for name in ("results", "ablations"))
-    keep_others(out, settings, [out / "table.md", out / "results.json", *pictures, *of_sweeps])
+    keep_others(
+        out, settings, [out / name for name in ("table.md", "trials.md", "results.json")] + pictures + of_sweeps
+    )
     write_text(out / "table.md", table + "\n")
+    trials = [result for of in tried.values() for result in of]
+    if trials:
+        lines = table_of(rows_of(trials), trials, fronted=False)
+        write_text(
+            out / "trials.md", "\n".join(["All trials, on the validation questions:", "", *lines, "", LEGEND, ""])
+        )
     write_text(out / "results.json", json.dumps(as_json(results), indent=1, ensure_ascii=False) + "\n")
     for file in (*pictures, *of_sweeps):  # never an old picture beside new figures
         file.unlink(missing_ok=True)
@@ -285,7 +307,8 @@ def gather(
         picture(results, *pictures)
     if swept:
         ablations_picture(swept, *of_sweeps)
-    note(f"{out}: table.md, results.json, {', '.join(file.name for file in (*pictures, *of_sweeps) if file.exists())}")
+    texts = ["table.md", *(["trials.md"] if trials else []), "results.json"]
+    note(f"{out}: {', '.join(texts)}, {', '.join(file.name for file in (*pictures, *of_sweeps) if file.exists())}")
     return results
 
 

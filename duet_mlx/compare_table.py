@@ -18,6 +18,9 @@ COLUMNS = (
     ("trained on ↓", TRAINED, "recall"),
     ("neighbours ↑", NEIGHBOURS, "f1"),
     ("general ↑", GENERAL, "f1"),
+    ("refused, forget", FORGET, "refused"),
+    ("refused, neighbours ↓", NEIGHBOURS, "refused"),
+    ("refused, general ↓", GENERAL, "refused"),
     ("broken, forget ↓", FORGET, "broken"),
     ("broken, general ↓", GENERAL, "broken"),
     ("perplexity, forget ↓", FORGET, "perplexity"),
@@ -29,7 +32,7 @@ OF_A_GROUP = ("accuracy", "knowmem", "verbmem")
 ALWAYS_THERE = {group for _, group, _ in COLUMNS}
 LEGEND = (
     "Forget questions: ROUGE-L recall of the base's own answer; neighbours and general: ROUGE-L F1 with it, no stemmer "
-    "in either; [95 % bootstrap interval]. "
+    "in either; [95 % bootstrap interval]. Refused: answers that became refusals; broken: that repeat themselves. "
     "Shift: points of recall lost on forget questions, plus points of F1 gained on the others. "
     "Front: ● where no other row forgets as much, reverse prompts included, and keeps as much, and more of one."
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from .context import Context, check_fits, render
 from .data import Query, in_turn
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, note
 from .methods import METHODS, parameters, retain_kl, states_of, unread
 from .tables import read_lines
 from .teacher import Targets, context_of, forced_logits, teacher_targets, vocabulary_of
@@ -98,6 +98,11 @@ def check_method(settings: TrainSettings, model: nn.Module, head: nn.Module | No
     method = METHODS[settings.method]
     if method.frozen == "candidates":
         vocabulary_of(model, settings.top_k)
+        if settings.top_k == 1 and settings.center:
+            note(
+                "note: --top-k 1 with --center: one candidate, less its mean, has no loss, so where teacher and base "
+                "agree nothing is learned; --no-center takes it as it is"
+            )
     if states_of(settings) == "head" and head is None:
         retain = "" if method.frozen == "logits" else " with --retain-loss kl"
         raise ConfigError(

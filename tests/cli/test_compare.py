@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from duet_mlx.compare import asked_of_sweeps, choose, gather, validation_of
+from duet_mlx.compare import asked_of_sweeps, choose, gather, shift_of, validation_of
 from duet_mlx.compare_checks import check_inputs, check_methods, evaluation_of
 from duet_mlx.compare_grid import CompareSettings, all_trials
 from duet_mlx.compare_runs import _copy, newer
@@ -92,6 +92,10 @@ def test_methods_and_sweeps_end_in_one_table_and_nothing_is_run_twice(command, c
         best = max(tried, key=lambda trial: trial["shift"])
         assert label == f"{name}, {key} {best[key]}"
     assert any(row["group"] == "forget, trained on" for row in results["rows"])
+    listed = (tmp_path / "out" / "trials.md").read_text()
+    assert all(f"| {name}, {key} {value}" in listed for name, key, values in (
+        ("duet", "learning_rate", ("1e-3", 0.05)), ("npo, weak", "beta", (0.1, 1.0))) for value in values
+    )  # fmt: skip
     assert len([run for run in results["meta"]["runs"] if run["seed"] == 1]) == 1
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in ended.out and all(model in table for model in models) and "| 0, 1  |" in table
@@ -199,7 +203,7 @@ def test_the_best_on_validation_is_chosen_and_of_equals_the_first(comparison, mo
     [chosen], [failed], tried = choose(settings, grids, EvaluateSettings(), {})
     assert asked == [(1, 1)] * 3  # there is but one of each
     assert chosen.values == {"beta": 2} and failed["values"] == {"beta": 4}
-    assert [round(found) for _, found in tried["npo"]] == [50, 80, 80]
+    assert [round(shift_of(one)) for one in tried["npo"]] == [50, 80, 80]
 
 
 def test_validation_has_the_groups_of_the_test(comparison, tmp_path):
@@ -277,7 +281,7 @@ def test_values_that_are_lists_can_be_tried(comparison, monkeypatch):
     monkeypatch.setattr("duet_mlx.compare.run", lambda trial, _: "")
     monkeypatch.setattr("duet_mlx.compare.evaluated", lambda trial, settings, name: [])
     [chosen], _, tried = choose(settings, all_trials(settings)[0], EvaluateSettings(), {})
-    assert chosen.values == {"keys": keys[0]} and [values for values, _ in tried["npo"]] == [{"keys": k} for k in keys]
+    assert chosen.values == {"keys": keys[0]} and [one.values for one in tried["npo"]] == [{"keys": k} for k in keys]
 
 
 def test_what_a_run_has_cost_stays_when_there_is_nothing_left_to_train(command, comparison, tmp_path, data):
@@ -644,7 +648,7 @@ def test_what_makes_a_missing_file_is_said(refused, comparison, tmp_path, key):
     refused("compare", "-c", config, says=("one.gguf: no such file; `make tofu` makes it",))
 
 
-@pytest.mark.parametrize(("name", "runs"), [("config", 104), ("tofu", 60)])
+@pytest.mark.parametrize(("name", "runs"), [("config", 112), ("tofu", 60)])
 def test_the_examples_grids_are_accepted_and_each_method_has_as_many_trials(tmp_path, monkeypatch, name, runs):
     monkeypatch.chdir(ROOT)
     settings = parse(CompareSettings, "compare", "Compare.", ["-c", f"examples/compare/{name}.yaml"])
@@ -670,8 +674,8 @@ def test_the_examples_questions_are_there_and_as_many_as_its_sweeps_ask_for(tmp_
     trials = [trial for trials in (*grids.values(), *sweeps.values()) for trial in trials]
     check_inputs(settings, trials, evaluation_of(settings))
     # The values of train.yaml, which stand in nine sweeps, are those of one run; `context` has a topic besides. Of the
-    # sweep of retain losses four runs are trials of their methods too.
-    assert len({json.dumps(essence(trial.settings)) for trial in trials}) == len(trials) - 14
+    # sweeps of baselines six runs are those of others too.
+    assert len({json.dumps(essence(trial.settings)) for trial in trials}) == len(trials) - 17
     asked = groups_of(asked_of_sweeps(evaluation_of(settings), settings.sweep_questions))
     assert {len(asked[group]) for group in ("forget", "general", "neighbours")} == {60}
 

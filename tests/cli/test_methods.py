@@ -105,6 +105,12 @@ def test_validation_asks_retain_questions_of_methods_that_train_on_none(command,
         assert ended.code == 0 and "validation loss, retain" in ended.out, ended.err
 
 
+def test_one_candidate_that_is_centred_is_noted_as_it_has_no_loss(command, quick):
+    flags = replaced(quick, "--top-k", "1")
+    assert "--no-center takes it as it is" in command("train", *flags).err
+    assert "--no-center" not in command("train", *flags, "--no-center", "--overwrite").err
+
+
 def test_gold_answers_are_those_of_the_files(command, quick, tmp_path):
     flags = list(quick)
     for role in ("forget", "retain"):
