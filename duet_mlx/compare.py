@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .compare_checks import check_inputs, check_methods, check_validation, chosen_from, evaluation_of, note_choice
 from .compare_grid import CompareSettings, Trial, all_trials, folder_of, names_to_run, other_seed
 from .compare_runs import evaluated, record_of, run, wanted
-from .compare_table import LEGEND, Result, points_of, report_of, rows_of, shift, table_of
+from .compare_table import LEGEND, Result, failed_lines, points_of, report_of, rows_of, shift, table_of
 from .data import load_queries
 from .errors import ConfigError, TrainingError, note, run_cli
 from .evaluate import UNLEARNED, EvaluateSettings
@@ -293,11 +293,10 @@ def gather(
     )
     write_text(out / "table.md", table + "\n")
     trials = [result for of in tried.values() for result in of]
+    (out / "trials.md").unlink(missing_ok=True)
     if trials:
-        lines = table_of(rows_of(trials), trials, fronted=False)
-        write_text(
-            out / "trials.md", "\n".join(["All trials, on the validation questions:", "", *lines, "", LEGEND, ""])
-        )
+        lines = ["All trials, on the validation questions:", "", *table_of(rows_of(trials), trials, fronted=False), ""]
+        write_text(out / "trials.md", "\n".join([*lines, LEGEND, *failed_lines(failed), ""]))
     write_text(out / "results.json", json.dumps(as_json(results), indent=1, ensure_ascii=False) + "\n")
     for file in (*pictures, *of_sweeps):  # never an old picture beside new figures
         file.unlink(missing_ok=True)
@@ -313,16 +312,23 @@ def gather(
 
 
 def keep_others(out: Path, settings: CompareSettings, files: Sequence[Path]) -> None:
-    """Move the results of a comparison that had other methods or sweeps besides into a folder of their own."""
-    before = json_of(out / "results.json").get("meta", {}).get("settings", {})
-    names = [name for part in ("methods", "sweeps") for name in before.get(part, {})]
-    if gone := [name for name in names if name not in {**settings.methods, **settings.sweeps}]:
+    """Move the results of another comparison into a folder of their own: of one that had more, or other grids."""
+    before = (json_of(out / "results.json").get("meta") or {}).get("settings")
+    if not isinstance(before, dict):
+        return
+    here = as_json({**settings.methods, **settings.sweeps})
+    was: dict[str, Any] = {}
+    for part in ("methods", "sweeps"):
+        was |= before.get(part) or {}
+    changed = [repr(name) for name, grid in was.items() if name not in here or here[name] != grid]
+    seeds = before.get("seeds", 1)
+    if changed or seeds > settings.seeds:
         aside = new_name(out / "results")
         aside.mkdir()
         for file in files:
             if file.exists():
                 file.rename(aside / file.name)
-        note(f"note: {aside} has the results so far, with {gone[0]!r}")
+        note(f"note: {aside} has the results so far, with {changed[0] if changed else f'{seeds} seeds'}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from .data import file_hash
 from .errors import ConfigError, DataError, DuetError, ModelError, note
 from .evaluate import EvaluateSettings, check_questions, check_settings
 from .methods import METHODS
+from .metrics import TRAINED
 from .report import load_beside
 from .settings import parse, read_yaml
 from .train import read_questions
@@ -26,7 +27,10 @@ def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
     over = settings.quick_evaluate if settings.quick else {}
     argv = ["-c", settings.evaluate]
     test = parse(EvaluateSettings, "python -m duet_mlx.evaluate", "Evaluate.", argv, None, over, "quick_evaluate")
-    return replace(test, also=(*test.also, *settings.also), trained=() if settings.quick else test.trained)
+    also = (*test.also, *settings.also)
+    if settings.trained and any(spec.partition("=")[0].strip() == TRAINED for spec in also):
+        raise ConfigError(f"--also {TRAINED}=…: --trained makes a group of this name; choose another name")
+    return replace(test, also=also, trained=() if settings.quick else test.trained)
 
 
 def chosen_from(settings: CompareSettings, trials: Sequence[Trial]) -> bool:
@@ -90,8 +94,8 @@ def check_inputs(settings: CompareSettings, trials: Sequence[Trial], test: Evalu
     return test
 
 
-def check_methods(trials: Sequence[Trial]) -> str:
-    """Ask of each trial what `duet_mlx.train` asks before it trains, of the one model that is loaded; its hash.
+def check_methods(trials: Sequence[Trial]) -> dict[str, str]:
+    """Ask of each trial what `duet_mlx.train` asks before it trains, of the one model that is loaded; its hashes.
 
     Raises:
         DuetError: a method, LoRA, schedule, file or length that cannot be; the trial is named.
@@ -99,6 +103,7 @@ def check_methods(trials: Sequence[Trial]) -> str:
     import mlx.core as mx
 
     from .head import check_head
+    from .kept_targets import tokenizer_hash
     from .labels import check_model, given_labels
     from .loop import make_optimizer
     from .model import load_model, weights_hash, window
@@ -120,4 +125,4 @@ def check_methods(trials: Sequence[Trial]) -> str:
                     given_labels(tokenizer, queries, s)
         except DuetError as error:
             raise type(error)(f"methods {trial.name}{f' {trial.values}' if trial.values else ''}: {error}") from error
-    return weights_hash(model)
+    return {"model": weights_hash(model), "tokenizer": tokenizer_hash(tokenizer)}

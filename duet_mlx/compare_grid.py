@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .compare_table import label_of
 from .data import digest
 from .errors import ConfigError, nearest
 from .evaluate import BASE, IN_CONTEXT, RETRAINED, UNLEARNED
@@ -62,7 +63,7 @@ class Trial(NamedTuple):
     folder: Path
     settings: TrainSettings
     config: dict[str, Any]  # the same as YAML, for config.yaml
-    base: str = ""  # hash of the base's weights
+    base: dict[str, str] = {}  # hashes of the base's weights and of its tokenizer, as a manifest has them
 
 
 class Grid(NamedTuple):
@@ -87,6 +88,13 @@ def all_trials(settings: CompareSettings) -> tuple[dict[str, list[Trial]], dict[
         {name: trials_of(settings, name, grids[name]) for name in part if name in names}
         for part in (settings.methods, settings.sweeps)
     )
+    for part in (methods, sweeps):
+        labels = [label_of(trial.name, trial.values) for trials in part.values() for trial in trials]
+        if pair := _alike(labels):
+            raise ConfigError(f"methods and sweeps: two runs would be the row {labels[pair[0]]!r}; rename one of them")
+    for trials in methods.values():
+        if any(trial.settings.seed + settings.seeds > 2**64 for trial in trials):
+            raise ConfigError(f"--seeds {settings.seeds}: from seed {trials[0].settings.seed} on they pass 2^64")
     return methods, sweeps
 
 
@@ -101,6 +109,10 @@ def names_to_run(settings: CompareSettings) -> list[str]:
             raise ConfigError(f"methods and sweeps: expected names, found {name!r}; put it in quotes")
         if name in ROWS:
             raise ConfigError(f"methods and sweeps: {name!r} is the name of another row; choose another name")
+        if not name.strip(".") or name == "runs":
+            raise ConfigError(
+                f"methods and sweeps: {name!r} cannot be the name of a folder of runs; choose another name"
+            )
     if both := settings.methods.keys() & settings.sweeps.keys():
         raise ConfigError(f"methods and sweeps: {min(both)} names a grid in each; choose another name for one")
     names = [*settings.methods, *settings.sweeps]
@@ -156,6 +168,8 @@ def trials_of(settings: CompareSettings, name: str, grid: Grid) -> list[Trial]:
     trials = [trial_of(settings, name, grid.method, values, grid.varied) for values in grid.combinations]
     own = () if settings.quick else (settings.methods | settings.sweeps)[name] or ()  # quick_settings are for all
     for key in own:
+        if name in settings.methods and key in ("valid_forget", "valid_retain"):
+            raise ConfigError(f"methods {name}: {key}: all methods are chosen by the same questions, those of --train")
         if trials and all(key in unread(trial.settings) for trial in trials):
             raise ConfigError(f"methods {name}: {key}: {grid.method} does not read it here; take it out")
     if pair := _alike([essence(trial.settings) for trial in trials]):

@@ -47,11 +47,13 @@ def run(trial: Trial, earlier: LowerStates) -> str:
     write_config(trial)
     _lend_targets(trial)
     # What it has cost so far, if it was this run that was cut off, or if `train_once` finds steps of it.
-    cost_of = record if is_same(s, record.get("settings")) else {}
-    start, before = time.monotonic(), {key: cost_of.get(key, 0.0) for key in COST}
+    there_before = is_same(s, record.get("settings")) and all(isinstance(record.get(key), float) for key in COST)
+    cost_there = {key: record[key] if there_before else 0.0 for key in COST}
+    same = "cut_off" in record and {key: record.get(key) for key in done} == done
+    start, before = time.monotonic(), cost_there if same else dict.fromkeys(COST, 0.0)
 
     def cut_off(seconds: float) -> None:
-        cut = {"cut_off": True, "settings": done["settings"], **before, "seconds": seconds}
+        cut = {"cut_off": True, **done, **before, "seconds": seconds}
         write_text(file, json.dumps(cut, indent=1) + "\n")
 
     cut_off(before["seconds"])  # should this be killed, no record says of the folder that it holds a run that is whole
@@ -65,12 +67,12 @@ def run(trial: Trial, earlier: LowerStates) -> str:
         cut_off(before["seconds"] + time.monotonic() - start)
         raise KeyboardInterrupt("what is done is kept; the same command goes on from it") from None
     cost = {"seconds": time.monotonic() - start, "peak_memory_gb": mx.get_peak_memory() / 1e9}
-    if there >= s.iters and before["seconds"]:
-        cost = before
+    if there >= s.iters and cost_there["seconds"]:
+        cost = cost_there
     elif there or "cut_off" in record:
         peak = max(before["peak_memory_gb"], cost["peak_memory_gb"])
         cost = {"seconds": before["seconds"] + cost["seconds"], "peak_memory_gb": peak}
-    record = {**done, **cost, **({"failed": failed} if failed else {})}
+    record = {**done, **cost, **({"failed": failed} if failed else {"adapter": _adapter_hash(trial.folder)})}
     write_text(file, json.dumps(record, indent=1) + "\n")
     mx.clear_cache()
     return failed
@@ -82,7 +84,7 @@ def wanted(trial: Trial) -> dict[str, Any]:
     listed = [*s.forget, *s.retain, *s.neighbours]
     listed += [getattr(s, name) for name in ("context", "refusals") if name not in unread(s)]
     files = [file for file in listed if file and Path(file).is_file()]
-    return {"settings": essence(s), "files": {str(file): file_hash(file) for file in files}}
+    return {"settings": essence(s), "files": {str(file): file_hash(file) for file in files}, "base": trial.base}
 
 
 def record_of(trial: Trial, done: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -94,25 +96,37 @@ def record_of(trial: Trial, done: dict[str, Any]) -> tuple[Path, dict[str, Any]]
     own = trial.folder / "run.json"
     for file in (own, *_newest_first(_runs(trial).glob("**/run.json"))):
         record = json_of(file)
-        if _is_whole(trial, file, record, done["files"]):
+        if _is_whole(trial, file, record, done):
             return file, record
     return None
 
 
-def _is_whole(trial: Trial, file: Path, record: dict[str, Any], files: dict[str, str]) -> bool:
+def _is_whole(trial: Trial, file: Path, record: dict[str, Any], done: dict[str, Any]) -> bool:
     """Whether a run.json is of a run of these settings, files and base that has ended, and its adapter is there."""
     s, before = trial.settings, record.get("files")
-    if "seconds" not in record or not isinstance(before, dict) or not files.items() <= before.items():
+    if "cut_off" in record or not all(isinstance(record.get(key), float) for key in COST):
         return False
-    if not is_same(s, record.get("settings")):
+    if not isinstance(before, dict) or not done["files"].items() <= before.items():
+        return False
+    if not is_same(s, record.get("settings")) or record.get("base", trial.base) != trial.base:
         return False
     if "failed" in record:
         return not newer(s.model, file)
+    if "adapter" in record and record["adapter"] != _adapter_hash(
+        file.parent
+    ):  # trained on, spoilt, or put in its place
+        return False
     saved = saved_config(file.parent / "adapters")
     if saved is None or not is_same(s, saved.get("settings")):
         return False
     targets = saved.get("targets")
-    return isinstance(targets, dict) and targets.get("model") == trial.base
+    return isinstance(targets, dict) and trial.base.items() <= targets.items()
+
+
+def _adapter_hash(folder: Path) -> str:
+    """Of the adapter in a run's folder; "" if there is none."""
+    adapter = folder / "adapters" / "adapters.safetensors"
+    return file_hash(adapter) if adapter.is_file() else ""
 
 
 def newer(model: str, file: Path) -> bool:
@@ -199,9 +213,10 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
     made_of = (adapter / "adapters.safetensors", settings.retrained)
     meta = results.get("meta") if "rows" in results else None
     if isinstance(meta, dict) and not any(newer(str(made), file) for made in made_of if made):
-        files = {path: digest for group in meta.get("data", {}).values() for path, digest in group.items()}
+        files = {path: digest for group in (meta.get("data") or {}).values() for path, digest in group.items()}
         if (
             meta.get("settings") == as_json(asdict(settings))
+            and meta.get("adapter_hash", _adapter_hash(trial.folder)) == _adapter_hash(trial.folder)
             and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items())
             and meta.get("benchmarks") == describe(load_benchmarks(settings.benchmark, settings.benchmark_questions))
         ):

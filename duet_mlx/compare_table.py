@@ -50,7 +50,12 @@ class Result(NamedTuple):
     @property
     def label(self) -> str:
         """Its row in the table."""
-        return ", ".join([self.name, *(f"{key} {value}" for key, value in self.values.items())])
+        return label_of(self.name, self.values)
+
+
+def label_of(name: str, values: dict[str, Any]) -> str:
+    """The row of a run in a table."""
+    return ", ".join([name, *(f"{key} {value}" for key, value in values.items())])
 
 
 def value(rows: Sequence[Row], model: str, group: str, metric: str) -> float | None:
@@ -116,12 +121,17 @@ def report_of(
     sizes = {row["group"]: row["n"] for row in rows if (row["model"], row["metric"]) == (BASE, "broken")}
     counts = ", ".join(f"{size} {group}" for group, size in sizes.items() if "reverse" not in group)
     parts += [f"{LEGEND} Questions: {counts}." if counts else LEGEND, *seeds_of(rows, shown, again)]
-    if failed:
-        parts += ["", *(f"- Failed: {one['name']} {one['values'] or ''}: {one['reason']}" for one in failed)]
+    parts += failed_lines(failed)
     if swept:
         asked = f"at most {questions} test questions of each role and" if questions else "all test questions but"
         parts += ["", f"Sweeps, asked {asked} no reverse prompts:", "", *table_of(ablations, swept, fronted=False)]
     return "\n".join(parts)
+
+
+def failed_lines(failed: Sequence[dict[str, Any]]) -> list[str]:
+    """What stands below a table of runs that did not come to an end."""
+    lines = [f"- Failed: {one['name']} {one['values'] or ''}: {one['reason']}" for one in failed]
+    return ["", *lines] if lines else []
 
 
 def table_of(rows: Sequence[Row], results: Sequence[Result], fronted: bool = True) -> list[str]:

@@ -26,6 +26,11 @@ SHARD = 4096  # queries; with 8 positions and 200 candidates 59 MB, and the shar
 TYPES = {"float64": "F64", "float32": "F32", "int32": "I32", "bool": "BOOL"}
 
 
+def tokenizer_hash(tokenizer) -> str:
+    """Of vocabulary, chat template and ends of turn."""
+    return digest([tokenizer.get_vocab(), tokenizer.chat_template or "", sorted(tokenizer.eos_token_ids)])
+
+
 def manifest(
     model, tokenizer, queries: Sequence[Query], contexts: Sequence[Context], settings, asked: dict | None = None
 ) -> dict[str, str]:
@@ -38,7 +43,7 @@ def manifest(
 
     return {
         "model": weights_hash(model),
-        "tokenizer": digest([tokenizer.get_vocab(), tokenizer.chat_template or "", sorted(tokenizer.eos_token_ids)]),
+        "tokenizer": tokenizer_hash(tokenizer),
         "data": digest([[q.id, q.question, q.role, q.context] for q in queries]),
         "context": digest([[c.name, c.system, c.turns] for c in contexts]),
         "settings": json.dumps(

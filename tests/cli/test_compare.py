@@ -232,6 +232,61 @@ def test_an_evaluation_that_is_older_than_the_model_is_made_again(tmp_path):
     assert newer(str(model), file) and newer(str(weights), file)
 
 
+def test_without_questions_to_choose_by_several_trials_are_refused(refused, comparison, tmp_path):
+    config = comparison({"npo": TRIED})
+    train = yaml.safe_load((tmp_path / "train.yaml").read_text())
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**train, "valid_retain": []}))
+    refused("compare", "-c", config, says=("methods npo", "names no valid_retain"))
+
+
+def test_an_adapter_that_is_not_the_one_that_was_left_is_made_again_and_so_is_what_it_answered(
+    command, comparison, tmp_path
+):
+    """One that was trained on, cut off, or put in its place, however old."""
+    config = comparison({"npo": {"learning_rate": 0.05}})
+    assert command("compare", "-c", config).code == 0
+    file = tmp_path / "out" / "runs" / "npo" / "run" / "adapters" / "adapters.safetensors"
+    before, table = file.read_bytes(), (tmp_path / "out" / "table.md").read_text()
+    file.write_bytes(before[:100])
+    os.utime(file, (1, 1))
+    ended = command("compare", "-c", config)
+    assert ended.code == 0 and "the earlier adapter is kept in" in ended.out and file.read_bytes() == before, ended.err
+    test = file.parents[1] / "test" / "results.json"
+    results = json.loads(test.read_text())
+    results["meta"]["adapter_hash"] = "that of another"
+    results["rows"] = [{**row, "value": 0.123} for row in results["rows"]]
+    test.write_text(json.dumps(results))
+    assert command("compare", "-c", config).code == 0
+    figures = [re.sub(r"[0-9.]+ *\| [0-9.]+ *\|$", "", line) for line in table.splitlines()]  # all but the costs
+    again = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [re.sub(r"[0-9.]+ *\| [0-9.]+ *\|$", "", line) for line in again] == figures
+
+
+def test_another_chat_template_makes_other_runs(command, comparison, tmp_path):
+    base = tiny_model(tmp_path / "base")
+    config = comparison({"npo": None})
+    for name in ("train", "evaluate"):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "model": str(base)}))
+    assert command("compare", "-c", config).code == 0
+    assert "npo: 1 of 1 runs there" in command("compare", "-c", config, "--dry-run").out
+    for file in (base / "tokenizer_config.json", base / "chat_template.jinja"):
+        if file.exists():
+            file.write_text(file.read_text().replace("assistant", "helper"))
+    assert "npo: 0 of 1 runs there" in command("compare", "-c", config, "--dry-run").out
+
+
+def test_results_of_other_grids_or_more_seeds_are_set_aside(command, comparison, tmp_path):
+    out = tmp_path / "out"
+    assert command("compare", "-c", comparison({"npo": TRIED}, seeds=2)).code == 0
+    for methods in ({"npo": TRIED}, {"npo": {"learning_rate": 0.05}}):
+        before = (out / "table.md").read_text()
+        ended = command("compare", "-c", comparison(methods))
+        assert ended.code == 0 and "has the results so far" in ended.err, ended.err
+        assert before in [path.read_text() for path in out.glob("results-until-*/table.md")]
+    assert not (out / "trials.md").exists()  # there is but one now
+
+
 def test_settings_of_a_group_stand_beside_those_of_their_own(comparison, tmp_path):
     """Wherever they stand: one that was dropped would still name its row."""
     grid = {"alpha": [1.0, 5.0], "method_parameters": {"beta": 0.2}, "rank": 2, "lora_parameters": {"scale": 3.0}}
@@ -303,8 +358,8 @@ def test_what_a_run_has_cost_stays_when_there_is_nothing_left_to_train(command, 
         (tmp_path / "train.yaml").write_text(yaml.safe_dump({**train, **other}))
         ended = command("compare", "-c", config)
         assert ended.code == 0 and "== npo" not in ended.out, ended.err
-        # Of another run, that was cut off here, nothing is counted.
-        file.write_text(json.dumps({"cut_off": True, "seconds": 1000.0, "settings": {"iters": 9}}))
+        # Of another run, of other questions, that was cut off here, nothing is counted.
+        file.write_text(json.dumps({**json.loads(file.read_text()), "cut_off": True, "files": {}}))
         train = yaml.safe_load((tmp_path / "train.yaml").read_text())
         (tmp_path / "train.yaml").write_text(yaml.safe_dump({**train, "iters": 2}))
         assert command("compare", "-c", config).code == 0 and json.loads(file.read_text())["seconds"] < 1000.0
@@ -377,7 +432,7 @@ def test_the_base_is_asked_once_for_all_runs_also_when_the_questions_have_change
     assert ended.code == 0 and "the test has neighbours and the choice has none" in ended.err
     said = [line for line in ended.err.splitlines() if line.startswith("base: ")]
     assert sum(" answers in " in line for line in said) == 2, said  # of four validations one, of two tests one
-    assert "is the best of 2, shift" in ended.err and "table.md, results.json, results.png" in ended.err
+    assert "is the best of 2, shift" in ended.err and "table.md, trials.md, results.json, results.png" in ended.err
 
 
 def test_a_run_whose_adapter_is_gone_is_made_again(command, comparison, tmp_path):
@@ -604,7 +659,16 @@ BAD = {
     "a number for a name": ({8: {"method": "duet"}}, {}, ("found 8", "quotes")),
     "one value twice": ({"npo": {"beta": [0.5, 1.0, 0.5]}}, {}, ("methods npo", "0.5 stands there twice")),
     "settings of context": ({"context": {"topic": "owls"}, "duet": None}, {}, ("methods context", "topic")),
-    "nothing to choose by": ({"npo": {**TRIED, "valid_retain": [[]]}}, {}, ("methods npo", "names no valid_retain")),
+    "other questions to choose by": ({"npo": {**TRIED, "valid_retain": [[]]}}, {}, ("valid_retain", "same questions")),
+    "two rows of one label": (
+        {"duet": None}, {"sweeps": {"K": {"method": "duet", "top_k": [3, 5]},
+                                    "K, top_k 3": {"method": "npo"}}}, ("two runs would be the row 'K, top_k 3'",),
+    ),
+    "a name that is no folder": ({"..": {"method": "duet"}}, {}, ("'..' cannot be the name of a folder",)),
+    "a group that --trained makes": (
+        {"duet": None}, {"trained": True, "also": ["forget, trained on=x.jsonl"]}, ("--also forget, trained on",),
+    ),
+    "seeds beyond all": ({"duet": {"seed": 2**64 - 1}}, {"seeds": 2}, ("--seeds 2", "2^64")),
     "other neighbours": ({"npo": TRIED}, {"valid_neighbours": ["other.jsonl"]}, ("--valid-neighbours other.jsonl",)),
     "no seed": ({"duet": None}, {"seeds": 0}, ("--seeds 0", "1 or more")),
     "a sweep of fewer than none": ({"duet": None}, {"sweep_questions": -1}, ("--sweep-questions -1", "0 or more")),

@@ -700,8 +700,8 @@ BACKEND = (
     Mutant(
         "duet_mlx/compare_runs.py",
         "a run on another base in the same place is taken",
-        '.get("model") == trial.base',
-        '.get("model") != ""',
+        "trial.base.items() <= targets.items()",
+        "True",
         "tests/cli/test_compare.py::test_another_base_in_the_same_place_is_seen_whatever_its_age",
     ),
     Mutant(
@@ -735,8 +735,8 @@ BACKEND = (
     Mutant(
         "duet_mlx/compare.py",
         "the worst trial on validation is reported",
-        "best, found = max(shifts,",
-        "best, found = min(shifts,",
+        "best, result = max(ended,",
+        "best, result = min(ended,",
         "tests/cli/test_compare.py::test_the_best_on_validation_is_chosen_and_of_equals_the_first",
     ),
     # --- the benchmarks' metrics, and how their questions are asked
