@@ -41,5 +41,5 @@ def test_the_steps_that_an_examples_page_names_are_those_of_its_settings(example
 def test_the_comparisons_page_names_as_many_seeds_and_methods_as_are_run():
     settings = yaml.safe_load((EXAMPLES / "compare" / "config.yaml").read_text(encoding="utf-8"))
     page = (EXAMPLES / "compare" / "README.md").read_text(encoding="utf-8")
-    words = {1: "one", 2: "two", 3: "three", 4: "four"}
+    words = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
     assert f"The {words[settings['best']]} best are run with {words[settings['seeds'] - 1]} more seeds" in page
