@@ -112,10 +112,8 @@ def _is_whole(trial: Trial, file: Path, record: dict[str, Any], done: dict[str, 
         return False
     if "failed" in record:
         return not newer(s.model, file)
-    if "adapter" in record and record["adapter"] != _adapter_hash(
-        file.parent
-    ):  # trained on, spoilt, or put in its place
-        return False
+    if "adapter" in record and record["adapter"] != _adapter_hash(file.parent):
+        return False  # trained on, spoilt, or another in its place
     saved = saved_config(file.parent / "adapters")
     if saved is None or not is_same(s, saved.get("settings")):
         return False

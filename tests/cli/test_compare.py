@@ -367,7 +367,14 @@ def test_what_a_run_has_cost_stays_when_there_is_nothing_left_to_train(command, 
         retain.write_text(before)
 
 
-def test_another_base_in_the_same_place_is_seen_whatever_its_age(command, comparison, tmp_path):
+def as_an_earlier_version_wrote_it(folder):
+    """Without the hashes of adapter and base."""
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("adapter", "base")}))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_another_base_in_the_same_place_is_seen_whatever_its_age(command, comparison, tmp_path, earlier):
     config = comparison({"npo": None})
     for name in ("train", "evaluate"):
         content = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
@@ -385,15 +392,20 @@ def test_another_base_in_the_same_place_is_seen_whatever_its_age(command, compar
         assert "== npo" in ended.out
         meta = json.loads((tmp_path / "out" / "runs" / "npo" / "run" / "test" / "results.json").read_text())["meta"]
         tables[-1]["base"] = meta["base_weights"]
+        if earlier:
+            as_an_earlier_version_wrote_it(tmp_path / "out" / "runs" / "npo" / "run")
     assert tables[0]["base"] != tables[1]["base"]
 
 
-def test_an_adapter_of_other_settings_in_a_runs_folder_is_not_taken(command, comparison, tmp_path):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_adapter_of_other_settings_in_a_runs_folder_is_not_taken(command, comparison, tmp_path, earlier):
     assert command("compare", "-c", comparison({"npo": None, "ga": None})).code == 0
     npo, ga = (tmp_path / "out" / "runs" / name / "run" / "adapters" for name in ("npo", "ga"))
     before = (npo / "adapters.safetensors").read_bytes()
     for name in ("adapters.safetensors", "adapter_config.json"):
         shutil.copy(ga / name, npo / name)
+    if earlier:
+        as_an_earlier_version_wrote_it(npo.parent)
     ended = command("compare", "-c", comparison({"npo": None, "ga": None}))
     assert ended.code == 0 and "== npo" in ended.out and "== ga" not in ended.out, ended.err
     assert (npo / "adapters.safetensors").read_bytes() == before
@@ -571,6 +583,10 @@ def test_a_run_that_diverges_is_a_result_and_the_others_go_on(command, compariso
     assert "== ga" not in ended.out
     models = {row["model"] for row in load_results(tmp_path / "out" / "results.json")["rows"]}
     assert "ga, learning_rate 0.001" in models
+    assert "ga: 2 of 2 runs there, 1 of them diverged" in command("compare", "-c", config, "--dry-run").out
+    file = tmp_path / "out" / "runs" / "ga" / "learning_rate=1e+38" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base": {"model": "another"}}))
+    assert "ga: 1 of 2 runs there" in command("compare", "-c", config, "--dry-run").out
 
 
 def test_a_run_that_diverged_is_not_made_again_under_another_name(command, comparison):

@@ -699,6 +699,21 @@ BACKEND = (
     ),
     Mutant(
         "duet_mlx/compare_runs.py",
+        "an adapter that was trained on or cut off is taken for the run's",
+        'record["adapter"] != _adapter_hash(file.parent)',
+        "False",
+        "tests/cli/test_compare.py::"
+        "test_an_adapter_that_is_not_the_one_that_was_left_is_made_again_and_so_is_what_it_answered",
+    ),
+    Mutant(
+        "duet_mlx/compare_runs.py",
+        "a run that diverged on another base is taken for this one's",
+        ' or record.get("base", trial.base) != trial.base',
+        "",
+        "tests/cli/test_compare.py::test_a_run_that_diverges_is_a_result_and_the_others_go_on",
+    ),
+    Mutant(
+        "duet_mlx/compare_runs.py",
         "a run on another base in the same place is taken",
         "trial.base.items() <= targets.items()",
         "True",
