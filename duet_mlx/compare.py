@@ -92,9 +92,9 @@ def _compare(settings: CompareSettings) -> dict[str, Any]:
         {name: [trial._replace(base=base) for trial in trials] for name, trials in part.items()}
         for part in (grids, swept)
     )
-    of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
     if settings.dry_run:
         return {"table": planned(settings, grids, swept, test), "failed": []}
+    of_sweeps = asked_of_sweeps(test, settings.sweep_questions)
     earlier: LowerStates = {}
     chosen, failed, tried = choose(settings, grids, test, earlier)
 
@@ -288,9 +288,8 @@ def gather(
     }
     out = Path(settings.out)
     pictures, of_sweeps = ([out / f"{name}.{kind}" for kind in ("png", "svg")] for name in ("results", "ablations"))
-    keep_others(
-        out, settings, [out / name for name in ("table.md", "trials.md", "results.json")] + pictures + of_sweeps
-    )
+    files = [*(out / name for name in ("table.md", "trials.md", "results.json")), *pictures, *of_sweeps]
+    keep_others(out, settings, files)
     write_text(out / "table.md", table + "\n")
     trials = [result for of in tried.values() for result in of]
     (out / "trials.md").unlink(missing_ok=True)
@@ -306,8 +305,7 @@ def gather(
         picture(results, *pictures)
     if swept:
         ablations_picture(swept, *of_sweeps)
-    texts = ["table.md", *(["trials.md"] if trials else []), "results.json"]
-    note(f"{out}: {', '.join(texts)}, {', '.join(file.name for file in (*pictures, *of_sweeps) if file.exists())}")
+    note(f"{out}: {', '.join(file.name for file in files if file.exists())}")
     return results
 
 

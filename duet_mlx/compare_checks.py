@@ -10,6 +10,7 @@ from .compare_runs import READ, SHAPE_TARGETS, reads
 from .data import file_hash
 from .errors import ConfigError, DataError, DuetError, ModelError, note
 from .evaluate import EvaluateSettings, check_questions, check_settings
+from .groups import own_groups
 from .methods import METHODS
 from .metrics import TRAINED
 from .report import load_beside
@@ -28,7 +29,7 @@ def evaluation_of(settings: CompareSettings) -> EvaluateSettings:
     argv = ["-c", settings.evaluate]
     test = parse(EvaluateSettings, "python -m duet_mlx.evaluate", "Evaluate.", argv, None, over, "quick_evaluate")
     also = (*test.also, *settings.also)
-    if settings.trained and any(spec.partition("=")[0].strip() == TRAINED for spec in also):
+    if settings.trained and TRAINED in dict(own_groups(also)):
         raise ConfigError(f"--also {TRAINED}=…: --trained makes a group of this name; choose another name")
     return replace(test, also=also, trained=() if settings.quick else test.trained)
 

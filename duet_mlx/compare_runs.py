@@ -94,9 +94,10 @@ def record_of(trial: Trial, done: dict[str, Any]) -> tuple[Path, dict[str, Any]]
         done: what `wanted` gives.
     """
     own = trial.folder / "run.json"
-    for file in (own, *_newest_first(_runs(trial).glob("**/run.json"))):
-        record = json_of(file)
-        if _is_whole(trial, file, record, done):
+    if _is_whole(trial, own, record := json_of(own), done):
+        return own, record
+    for file in _newest_first(_runs(trial).glob("**/run.json")):
+        if _is_whole(trial, file, record := json_of(file), done):
             return file, record
     return None
 
@@ -170,10 +171,9 @@ def _lend_targets(trial: Trial) -> None:
         return json.dumps([states_of(settings), reads(settings, READ + SHAPE_TARGETS)])  # JSON has no tuples
 
     known = {field.name for field in fields(TrainSettings)}
+    not_ours = (DuetError, AttributeError, KeyError, TypeError, ValueError)  # a file of another version, or spoilt
     for targets in _newest_first(_runs(trial).glob("**/adapters/targets.safetensors")):  # which a copy has not
-        with suppress(
-            DuetError, AttributeError, KeyError, TypeError, ValueError
-        ):  # a file of another version, or spoilt
+        with suppress(*not_ours):
             saved = json_of(targets.with_name("adapter_config.json"))["settings"].items()
             if kind(TrainSettings(**{k: v for k, v in saved if k in known})) == kind(trial.settings):
                 return _copy(targets.parent.glob("*targets.safetensors"), mine)
@@ -212,9 +212,10 @@ def evaluated(trial: Trial, settings: EvaluateSettings, name: str) -> list[dict[
     meta = results.get("meta") if "rows" in results else None
     if isinstance(meta, dict) and not any(newer(str(made), file) for made in made_of if made):
         files = {path: digest for group in (meta.get("data") or {}).values() for path, digest in group.items()}
+        here = _adapter_hash(trial.folder)
         if (
             meta.get("settings") == as_json(asdict(settings))
-            and meta.get("adapter_hash", _adapter_hash(trial.folder)) == _adapter_hash(trial.folder)
+            and meta.get("adapter_hash", here) == here
             and all(Path(path).is_file() and file_hash(path) == digest for path, digest in files.items())
             and meta.get("benchmarks") == describe(load_benchmarks(settings.benchmark, settings.benchmark_questions))
         ):

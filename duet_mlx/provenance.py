@@ -34,11 +34,11 @@ def described(settings: EvaluateSettings, questions: dict[str, int], prompts: li
     for name in ("context", "reverse_prompts"):
         path = getattr(settings, name)
         files[name] = (path,) if path is not None and path not in READY else ()
-    adapter = Path(settings.adapter_path or "") / "adapters.safetensors"
+    adapter = Path(settings.adapter_path, "adapters.safetensors") if settings.adapter_path else None
     return {
         "model": settings.model,
         "adapter": settings.adapter_path,
-        "adapter_hash": file_hash(adapter) if adapter.is_file() else "",
+        "adapter_hash": file_hash(adapter) if adapter and adapter.is_file() else "",
         "data": {name: {path: file_hash(path) for path in paths} for name, paths in files.items()},
         "questions": questions,
         "reverse_prompts": prompts,

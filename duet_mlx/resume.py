@@ -117,8 +117,8 @@ def check_same_run(file: str, state: State, saved: dict[str, Any], config: dict[
     before, here = saved.get("settings", {}), config["settings"]
     lora_before, lora = saved.get("lora_parameters", {}), config["lora_parameters"]
     ignored = unread(TrainSettings(**here))
-    same = {name: (before[name], here[name]) for name in before.keys() & here.keys() - FREE - ignored}
-    same = {name: both for name, both in same.items() if name not in FROM_HERE_ON}
+    compared = before.keys() & here.keys() - FREE - ignored - set(FROM_HERE_ON)
+    same = {name: (before[name], here[name]) for name in compared}
     same |= {f"lora_parameters {name}": (lora_before.get(name), lora[name]) for name in lora}
     same["num_layers"] = (saved.get("num_layers"), config["num_layers"])
     for name, (old, new) in sorted(same.items()):

@@ -12,7 +12,7 @@ from .methods import METHODS, given_numbers, numbers_of, parameters, reads_retai
 from .settings import number, parse, require, setting
 
 LISTED = "; ".join(f"{name} {numbers_of(name)}" for name in METHODS if METHODS[name].defaults)
-NUMBERS = {number for method in METHODS.values() for number in method.defaults}
+NUMBERS = {name for method in METHODS.values() for name in method.defaults}
 LORA = {"rank": 8, "scale": 4.0, "dropout": 0.0, "keys": None}
 
 # What the paper fixes; everything else of it is ours (reference/README.md): one position, the teacher's candidates,

@@ -13,6 +13,7 @@ from duet_mlx import evaluate as ev
 from duet_mlx import result_files
 from duet_mlx.data import Query
 from duet_mlx.errors import ConfigError, ContextError, DataError, DuetError, ModelError, TrainingError
+from duet_mlx.provenance import described
 from duet_mlx.scores import Asked, Column, rows_of, score
 from tests.small_disk import small_disk
 from tests.tiny_model import contents
@@ -707,3 +708,10 @@ def test_a_models_rows_have_the_p_value_of_a_paired_test_against_the_base():
     rows, _ = rows_of(asked, scores, seed=0)
     # Five differences of one sign: 2 of the 32 patterns are as far from zero.
     assert [row.get("p") for row in rows] == [None, 2 / 32]
+
+
+def test_without_an_adapter_none_is_recorded_whatever_lies_where_the_command_is_started(tmp_path, monkeypatch):
+    (tmp_path / "adapters.safetensors").write_bytes(b"of another run")
+    monkeypatch.chdir(tmp_path)
+    assert described(ev.EvaluateSettings(model="some/model"), {}, [])["adapter_hash"] == ""
+    assert described(ev.EvaluateSettings(model="some/model", adapter_path="."), {}, [])["adapter_hash"] != ""
